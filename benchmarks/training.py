@@ -60,7 +60,7 @@ from cascade_nodes.cascade_core.training.data.batches import Batch
 from cascade_nodes.cascade_core.training.frozen import quantise_layer_to_nf4
 from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
-from cascade_nodes.cascade_core.training.presets import NAMES
+from cascade_nodes.cascade_core.training.presets import CONTEXT_BYTES, NAMES
 from cascade_nodes.cascade_core.training.presets import PRESETS as PRESETS_BY_TASK
 from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_blocks
 from cascade_nodes.cascade_core.training.settings import Settings, StageBSettings
@@ -88,7 +88,6 @@ TINY_CONTROLNET = {"stem": 8, "c_last": 16, "stages": [["fused", 1, 2, 8, 1], ["
                                                       ["mbconv", 4, 2, 16, 1], ["mbconv", 4, 2, 16, 1]]}
 # fmt: on
 SPREAD = 0.02  # of random weights
-CONTEXT_BYTES = 0.6 * 2**30  # taken on a card by CUDA and its kernels outside of PyTorch's memory
 WINDOW = 5  # steps between two readings of the clock
 PROFILED, TAKEN = WINDOW, 2  # steps after the measured ones with --profile, and how many of them it looks at
 
@@ -557,7 +556,7 @@ def main() -> None:
     measurements: dict[str, Callable[[], dict[str, Any]]] = {}
     names = [] if options.presets is None else options.presets or list(NAMES)
     for preset in names:
-        refused = {"finetune"} if preset == "8gb" else set()  # Stage C does not fit
+        refused = {"finetune"} if (preset, options.size) == ("8gb", "3.6b") else set()  # does not fit
         for task in (each for each in options.tasks if each in PRESETS_BY_TASK.keys() - refused):
             measurements[f"{task}, {preset}"] = partial(measure_preset, options, preset, task)
     for task in options.tasks if not names else ():

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints import load_model
 from ..checkpoints.files import check_writable
 from ..errors import CascadeError, quoted
 from ..networks.compressor import SemanticCompressor
+from ..networks.quantisation import quantisable
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
@@ -24,6 +25,7 @@ from .data.pictures import TrainingPicture
 from .frozen import check_base
 from .identity import input_files
 from .optimisers import SOURCES, build_optimiser, optimiser_class
+from .presets import free_bytes
 from .settings import DECODERS, Settings, TrainSettings
 from .state import STATE, load_optimiser, optimiser_tensors
 from .tasks.controlnet import check_controlnet
@@ -33,6 +35,9 @@ from .tasks.textual_inversion import check_names, first_vectors
 from .trackers import check_trackers
 
 SUFFIX = ".safetensors"
+# For each weight: an optimiser's state (others may keep less), and what is quantised.
+STATE_BYTES, QUANTISED_BYTES = {"adamw": 8, "adamw8bit": 2, "lion": 4}, {"int8": 1.0, "nf4": 0.52}
+ACTIVATION_BYTES = 2**30  # of a finetune of one picture at a time; 0.6 to 1.2 GB were measured
 
 
 def check_output(settings: Settings, keep_existing: bool = False) -> None:
@@ -97,9 +102,40 @@ def check_networks(
         if settings.controlnet.hint == "identity":
             check_faces(find_faces)
     elif settings.task == "finetune":
-        finetune = settings.finetune
-        target = encoder.model if settings.network == "text_encoder" else network
-        select_parameters(target, finetune.modules, finetune.depth)
+        check_finetune(settings, network, encoder.model)
+
+
+def check_finetune(settings: Settings, network: nn.Module, text_model: nn.Module) -> None:
+    """Raises CascadeError where nothing would be trained, or where the run does not fit the card of its preset."""
+    finetune, train = settings.finetune, settings.train
+    only_text = settings.network == "text_encoder"
+    stage = set() if only_text else select_parameters(network, finetune.modules, finetune.depth)
+    text = set[str]()
+    if settings.text_is_trained:
+        text = select_parameters(text_model, finetune.modules if only_text else ("all",))
+    if settings.preset is None or train.fsdp:
+        return
+    half = train.precision != "fp32"
+    frozen, copy = (2, 2) if half else (4, 0)  # autocast copies what is trained
+    trained = 4 + 4 + STATE_BYTES.get(train.optimizer, 0) + (4 if train.ema else 0) + copy
+    quantised = (
+        {f"{name}.weight" for name, _ in quantisable(network)} if train.base_weights != "full" else set()
+    )
+    needed = ACTIVATION_BYTES + sum(
+        parameter.numel()
+        * (trained if name in stage else QUANTISED_BYTES[train.base_weights] if name in quantised else frozen)
+        for name, parameter in network.named_parameters()
+    )
+    if text:
+        needed += sum(
+            p.numel() * (trained if name in text else 4) for name, p in text_model.named_parameters()
+        )
+    if needed > (free := free_bytes(settings.preset)):
+        raise CascadeError(
+            f"preset {settings.preset} leaves {free / 1e9:.1f} GB, but this finetune takes about {needed / 1e9:.1f} GB "
+            "for weights, gradients, the optimiser's state and activations; train a LoRA, less of the network "
+            "(finetune.depth or finetune.modules), or a smaller one such as stage_c_lite, or leave preset out."
+        )
 
 
 def _trained_for(settings: Settings, compressor: SemanticCompressor) -> StageC | StageB:

@@ -1,7 +1,7 @@
 """Presets by the memory of a card: defaults for settings that a file leaves open, `preset: 12gb` or `auto`.
 
 They change how a run fits into memory, not what it learns: a step always has four pictures. Whole networks are an
-exception, since on a small card only their last blocks can be trained.
+exception, since on a small card only their last blocks can be trained. `checks.py` counts whether these fit.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from ..errors import CascadeError, quoted
 PresetName = Literal["8gb", "12gb", "16gb", "24gb", "48gb"]
 Values = Mapping[str, Mapping[str, Any]]
 SPARE = 0.7  # GiB that a card may have less than its nominal memory
+CONTEXT_BYTES = 0.6 * 2**30  # taken on a card by CUDA and its kernels outside of PyTorch's memory
 
 _SMALL: Values = {
     "train": {"batch_size": 1, "accumulate": 4, "base_weights": "int8", "optimizer": "adamw8bit"}
@@ -25,9 +26,15 @@ _WHOLE = {
     "accumulate": 4,
 }  # 10 bytes per trained weight, 2 per frozen one
 
+WHOLE_TEXT = "finetune_text"  # key of PRESETS for a finetune of the text encoder
+
 
 def _blocks(first: float, **data: Any) -> Values:
     return {"train": _WHOLE, "finetune": {"depth": [first, 1.0]}, "data": data}
+
+
+def _text(base_weights: str, **data: Any) -> Values:
+    return {"train": {**_WHOLE, "base_weights": base_weights}, "data": data}  # those of Stage C
 
 
 # By task; settings that are missing here keep their defaults.
@@ -42,11 +49,18 @@ PRESETS: dict[str, dict[str, Values]] = {
         "48gb": _ROOMY,
     },
     "finetune": {
-        "8gb": _blocks(0.99, size=768),  # of Stage B; see with_preset
+        "8gb": _blocks(0.99, size=768),
         "12gb": _blocks(0.93),
         "16gb": _blocks(0.85),
         "24gb": _blocks(0.7),
         "48gb": {"train": _WHOLE},
+    },
+    WHOLE_TEXT: {
+        "8gb": _text("nf4", size=768),
+        "12gb": _text("nf4"),
+        "16gb": _text("int8"),
+        "24gb": _text("full"),
+        "48gb": _text("full"),
     },
 }
 NAMES = get_args(PresetName)
@@ -56,20 +70,15 @@ def with_preset(values: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The values of a settings file, with its preset's values for settings that it leaves open. Raises CascadeError."""
     if values.get("preset") is None:
         return dict(values)
-    name, defaults = preset_values(values["preset"], task)
-    if (task, name) == ("finetune", "8gb"):
-        whole = values.get("finetune")
-        if not isinstance(whole, Mapping) or whole.get("network") != "stage_b":
-            raise CascadeError(
-                "preset 8gb does not fit a finetune, because Stage C's weights alone take 6.7 GiB; train a LoRA with "
-                "preset 8gb, or the last blocks (finetune.depth) of stage_c_lite (1 B) without a preset."
-            )
+    finetune = values.get("finetune")
+    text = isinstance(finetune, Mapping) and finetune.get("network") == "text_encoder"
+    name, defaults = preset_values(values["preset"], WHOLE_TEXT if text else task)
     merged = {**values, "preset": name}
     for section, more in defaults.items():
         own = values.get(section) or {}
         if not isinstance(own, Mapping):  # a mistake; reported where the section is read
             continue
-        if section == "finetune" and (own.get("network") == "text_encoder" or "modules" in own):
+        if section == "finetune" and "modules" in own:
             continue
         merged[section] = {**more, **own}
     return merged
@@ -94,6 +103,14 @@ def preset_of_card() -> str:
     if not torch.cuda.is_available():
         raise CascadeError("preset auto asks what memory the card has, but there is none; leave it out.")
     return preset_for(torch.cuda.get_device_properties(0).total_memory)
+
+
+def free_bytes(preset: str) -> float:
+    """What a card of a preset leaves to PyTorch, or this machine's card if it is larger."""
+    import torch
+
+    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return max(int(preset.removesuffix("gb")) * 2**30, here) - CONTEXT_BYTES
 
 
 def preset_for(total_bytes: int) -> str:

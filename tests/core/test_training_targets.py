@@ -17,7 +17,7 @@ from cascade_nodes.cascade_core import CascadeError, StageC
 from cascade_nodes.cascade_core.adapters import check_fits, describe_adapter, parse_adapter, read_adapter
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors, write_safetensors
-from cascade_nodes.cascade_core.networks.quantisation import INT8, quantise_network
+from cascade_nodes.cascade_core.networks.quantisation import INT8, QuantisedLayer, quantise_network
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.checks import check_networks
 from cascade_nodes.cascade_core.training.data.buckets import Bucket
@@ -88,6 +88,19 @@ def test_what_is_trained_itself_is_not_quantised(world, tmp_path):
         CascadeError, match="base_weights is int8, but finetune trains those weights themselves"
     ):
         settings_of(world, "finetune", tmp_path, train={"base_weights": "int8"})
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_the_text_encoder_is_trained_around_a_quantised_stage_c(world, tmp_path, base):
+    """As the presets of small cards have it."""
+    loop = loop_of(
+        settings_of(world, "finetune of the text encoder", tmp_path, train={"base_weights": base, "steps": 1})
+    )
+    before = {name: value.clone() for name, value in loop.task.trained.state_dict().items()}
+    loop.run()
+    assert any(not torch.equal(before[n], value) for n, value in loop.task.trained.state_dict().items())
+    layer = loop.task.network.get_submodule("down_blocks.0.0.channelwise.0")
+    assert isinstance(layer, {"int8": QuantisedLayer, "nf4": NF4Linear}[base])
 
 
 def test_nf4_without_its_package_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch):
