@@ -39,10 +39,16 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
 def assign_values(graph: Graph, values: Mapping[str, Any], input_types: InputTypes) -> Graph:
     """`assign` with values by `NODE.INPUT`, as in a table: a text is taken literally where the input takes text."""
     graph = copy.deepcopy(graph)
+    targets: dict[tuple[str, str], str] = {}
     for target, value in values.items():
         if target not in SEED_INPUTS and not is_target(target):
             raise CascadeError(f"{quoted(target)} is not NODE.INPUT, such as 3.steps, nor seed or name.")
-        _assign(graph, target, input_types, partial(_table_value, quoted(target), value))
+        place = _assign(graph, target, input_types, partial(_table_value, quoted(target), value))
+        if place is not None and (earlier := targets.setdefault(place, target)) != target:
+            raise CascadeError(
+                f"{quoted(earlier)} and {quoted(target)} are one input, {quoted(place[1])} of node "
+                f"{name_of(graph, place[0])}; give one of them."
+            )
     check_shape(graph, "The graph with the values of the row")
     return graph
 
@@ -53,11 +59,15 @@ def is_target(text: str) -> bool:
     return bool(dot and node and name)
 
 
-def _assign(graph: Graph, target: str, input_types: InputTypes, read: Callable[[str | None], Any]) -> None:
-    """Sets one input, or all seeds. `read`: gives the value for an input of a type (None: unknown)."""
+def _assign(
+    graph: Graph, target: str, input_types: InputTypes, read: Callable[[str | None], Any]
+) -> tuple[str, str] | None:
+    """Sets one input, and returns its node's id and its name; or all seeds.
+
+    read: gives the value for an input of a type (None: unknown).
+    """
     if target in SEED_INPUTS:
-        _assign_seeds(graph, read)
-        return
+        return _assign_seeds(graph, read)
     node, _, name = target.rpartition(".")
     node_id = _find_node(graph, node)
     types = input_types(str(graph[node_id].get("class_type")))
@@ -66,6 +76,7 @@ def _assign(graph: Graph, target: str, input_types: InputTypes, read: Callable[[
             f"Node {name_of(graph, node_id)} has no input {quoted(name)}; its inputs: {_listed(types)}."
         )
     graph[node_id]["inputs"][name] = read((types or {}).get(name))
+    return node_id, name
 
 
 def _assign_seeds(graph: Graph, read: Callable[[str | None], Any]) -> None:

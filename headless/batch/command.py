@@ -171,7 +171,7 @@ def run_batch(options: argparse.Namespace) -> int:
     from ..train import recording_signals
     from .journal import Journal
     from .progress import BatchProgress, listed
-    from .sheet import draw_sheets
+    from .sheet import draw_sheets, sheets_that_fit
 
     _check_options(options)
     rows, sheets = _rows(options)
@@ -185,6 +185,7 @@ def run_batch(options: argparse.Namespace) -> int:
         signals = stack.enter_context(recording_signals())
         progress = BatchProgress(signals)
         stack.callback(progress.close)
+        sheets = sheets_that_fit(sheets, progress)
         if shard is not None and not rows:
             progress.notify(f"None of the {total} rows is in shard {shard[0]}/{shard[1]}.")
         journal = Journal(options.output, shard)

@@ -45,9 +45,7 @@ class Driver:
         try:
             while self.under_way or (self.queue and not signals):
                 while self.queue and self.crew.free() and not signals:
-                    job = self.queue.popleft().job()
-                    self.under_way[job.name] = job
-                    self.crew.give(job)
+                    self._give(self.queue.popleft().job())
                 for outcome in self.crew.ended(_LOOK):
                     self._take(outcome)
                 self.progress.say_stopping()
@@ -56,6 +54,20 @@ class Driver:
         finally:
             self.summary.left = [*self.under_way, *(row.name for row in self.queue)]
         return self.summary
+
+    def _give(self, job: Job) -> None:
+        """Gives a job to a worker, unless another process has made its row since the rows were checked."""
+        try:
+            done = self.journal.is_done(job)
+        except CascadeError as refusal:
+            self._fail(job.name, sentence_of(refusal))
+            return
+        if done:
+            self.summary.made.append(job.name)
+            self.progress.row_there(job.name)
+            return
+        self.under_way[job.name] = job
+        self.crew.give(job)
 
     def _take(self, outcome: Outcome) -> None:
         job = self.under_way.pop(outcome.name)
@@ -76,6 +88,9 @@ class Driver:
                 self.summary.made.append(job.name)
                 self.progress.row_made(job.name, outcome.seconds, paths)
                 return
-        self.journal.fail(job.name, error)
-        self.summary.failed.append((job.name, error))
-        self.progress.row_failed(job.name, error)
+        self._fail(job.name, error)
+
+    def _fail(self, name: str, error: str) -> None:
+        self.journal.fail(name, error)
+        self.summary.failed.append((name, error))
+        self.progress.row_failed(name, error)

@@ -56,6 +56,8 @@ class Journal:
 
     def is_done(self, job: Job) -> bool:
         """Whether all of a row's pictures exist. Raises CascadeError for other pictures under its name."""
+        if job.name not in self.records and os.path.lexists(self.folder / f"{job.name}.png"):
+            self.read()  # another process may have made it since
         record, there = self.records.get(job.name), self.pictures(job.name)
         if record is None:
             self._check_free(job, [self.folder / f"{job.name}.png"])
@@ -68,9 +70,16 @@ class Journal:
         return bool(there) and len(there) == len(record["pictures"])
 
     def save(self, job: Job, outcome: Outcome) -> list[Path]:
-        """Writes a row's line, then its pictures. Raises CascadeError for a name that is taken."""
+        """Writes a row's line, then its pictures. Raises CascadeError for a name that is taken.
+
+        If another process has made the row since, its pictures are kept.
+        """
         names = _names(job, outcome)
         paths = [self.folder / name for name in names]
+        if any(name not in self.owners and path.exists() for name, path in zip(names, paths, strict=True)):
+            self.read()
+            if self.is_done(job):
+                return paths
         self._check_free(job, paths)
         record = {"name": job.name, "digest": job.digest, "pictures": names}
         with self._named():
@@ -97,6 +106,11 @@ class Journal:
     def _check_free(self, job: Job, paths: list[Path]) -> None:
         for path in paths:
             name = path.relative_to(self.folder).as_posix()
+            for parent in path.parents[: name.count("/")]:
+                if os.path.lexists(parent) and not parent.is_dir():
+                    raise CascadeError(
+                        f"{parent} is a file, so no picture can be saved in it; give the row another name."
+                    )
             if inside(self.folder, name) is None:
                 raise CascadeError(f"{path} leads out of the folder over a link; give the row another name.")
             owner = self.owners.get(name)

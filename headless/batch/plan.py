@@ -12,10 +12,10 @@ from ...cascade_core.errors import CascadeError
 from ..assignments import assign, assign_values
 from ..canvas import InputsOf
 from ..folders import Folders, using_folders
-from ..graph import Graph
+from ..graph import Graph, name_of
 from ..registry import InputInfo
 from .journal import Journal
-from .rows import Row
+from .rows import NAME, Row
 from .work import Job, Waiting, sentence_of
 
 PREFIX = "filename_prefix"
@@ -63,15 +63,19 @@ def make_plan(
         inputs = inputs_of(class_type)
         return None if inputs is None else {name: entry.type for name, entry in inputs.items()}
 
-    graph = assign(graph, assignments, input_types)
+    given, graph = graph, assign(graph, assignments, input_types)
     savers = tuple(node_id for node_id, node in graph.items() if isinstance(node["inputs"].get(PREFIX), str))
     if not savers:
         raise CascadeError(
             "The graph has no node that saves pictures, such as SaveImage, so a batch keeps none."
         )
 
+    _check_prefixes(given, graph, savers)
+
     def job_of(row: Row) -> Job:
-        return _job(row, assign_values(graph, row.values, input_types), savers)
+        changed = assign_values(graph, row.values, input_types)
+        _check_prefixes(graph, changed, savers)
+        return _job(row, changed, savers)
 
     plan = Plan()
     for row in rows:
@@ -89,6 +93,16 @@ def make_plan(
         else:
             plan.waiting.append(Waiting(row.name, partial(job_of, row)))
     return plan
+
+
+def _check_prefixes(before: Graph, after: Graph, savers: tuple[str, ...]) -> None:
+    """Raises CascadeError for a prefix that was set, since it would have no effect."""
+    for node_id in savers:
+        if after[node_id]["inputs"][PREFIX] != before[node_id]["inputs"].get(PREFIX):
+            raise CascadeError(
+                f"{PREFIX} of node {name_of(after, node_id)} has no effect in a batch, whose pictures are named by "
+                f"the rows; leave it out, and give names in the column {NAME}."
+            )
 
 
 def _job(row: Row, graph: Graph, savers: tuple[str, ...]) -> Job:

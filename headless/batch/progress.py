@@ -34,6 +34,10 @@ class BatchProgress(ConsoleProgress):
         for path in paths:
             self.file_written(path)
 
+    def row_there(self, name: str) -> None:
+        """Reports a row that another process has made."""
+        self._count(name, "made by another process", counts=False)
+
     def row_failed(self, name: str, error: str) -> None:
         self._count(name, error, counts=False)
 

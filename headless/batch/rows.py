@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,8 +64,10 @@ def read_rows(path: Path) -> list[Row]:
         )
     try:
         rows = [_row(number, cells) for number, cells in enumerate(_bounded(reader(path, name), name), 1)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CascadeError(f"{name} cannot be read as a table: {excerpt(str(error))}.") from error
+    except UnicodeDecodeError as error:
+        raise CascadeError(
+            f"{name} is not text in UTF-8; save it as such, which spreadsheets call CSV UTF-8."
+        ) from error
     except OSError as error:
         raise CascadeError(f"Cannot read the table {name}: {error.strerror}.") from error
     if not rows:
@@ -120,28 +123,37 @@ def _objects(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
 
 
 def _csv(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
-    """Yields each line's cells by column. Spreadsheets separate by commas, semicolons or tabs."""
+    """Yields each line's cells by column; skips lines without a value. Spreadsheets separate by commas, semicolons or
+    tabs, and fill lines up with empty cells.
+    """
     with _opened(path) as lines:
         yield from _cells(name, lines)
 
 
 def _cells(name: str, lines: Iterator[str]) -> Iterator[dict[str, Any] | str]:
-    header = next(lines, "")
+    blank, header = next(((i, line) for i, line in enumerate(lines) if line.strip(",;\t \r\n")), (0, ""))
     separator = max(",;\t", key=header.count)
-    table = csv.reader(itertools.chain([header], lines), delimiter=separator)
-    columns = [column.strip() for column in next(table, [])]
-    _check_columns(columns, name)
-    if len(set(columns)) < len(columns):
+    table = csv.reader(itertools.chain([header], lines), delimiter=separator, strict=True)
+    read = blank
+    try:
+        columns = [column.strip() for column in next(table, [])]
+        read += table.line_num
+        while columns and not columns[-1]:
+            columns.pop()
+        _check_columns(columns, name)
+        for cells in table:
+            read = blank + table.line_num
+            while len(cells) > len(columns) and not cells[-1].strip():
+                cells.pop()
+            if len(cells) > len(columns):
+                yield f"line {read} of {name} has {len(cells)} cells for {len(columns)} columns."
+            elif any(cell.strip() for cell in cells):
+                yield {column: cell for column, cell in zip(columns, cells, strict=False) if cell != ""}
+    except csv.Error as error:
         raise CascadeError(
-            f"{name} has two columns of one name; its columns: {excerpt(', '.join(columns), 500)}."
-        )
-    for cells in table:
-        if not cells:
-            continue
-        if len(cells) > len(columns):
-            yield f"line {table.line_num} of {name} has {len(cells)} cells for {len(columns)} columns."
-            continue
-        yield {column: cell for column, cell in zip(columns, cells, strict=False) if cell != ""}
+            f"{name} cannot be read beyond line {read} ({error}); put a text with quotation marks or line breaks in "
+            "quotation marks, and double those inside it."
+        ) from error
 
 
 def _parquet(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
@@ -169,10 +181,14 @@ def _parquet(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
         raise CascadeError(f"{name} cannot be read as a table: {excerpt(str(error))}.") from error
 
 
-def _check_columns(columns: Iterable[str], name: str) -> None:
+def _check_columns(columns: Sequence[str], name: str) -> None:
     for column in columns:
         if column not in (NAME, *SEED_INPUTS) and not is_target(column):
             raise CascadeError(f"The column {quoted(column)} of {name} is not NODE.INPUT, {NAME} or seed.")
+    if len(set(columns)) < len(columns):
+        raise CascadeError(
+            f"{name} has two columns of one name; its columns: {excerpt(', '.join(columns), 500)}."
+        )
 
 
 _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
@@ -201,11 +217,11 @@ def picture_fault(name: str) -> str | None:
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
-    """The rows; a repeated name is a fault, also if only the case differs, which many file systems ignore."""
+    """The rows; a repeated name is a fault. Many file systems ignore differences of case and of Unicode's forms."""
     seen: set[str] = set()
     distinct = []
     for number, row in enumerate(rows, 1):
-        key = row.name.casefold()
+        key = unicodedata.normalize("NFC", row.name).casefold()
         if key in seen and row.fault is None:
             row = Row(
                 row.name, fault=f"row {number} has the name of an earlier one; give each a name of its own."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -24,6 +24,14 @@ _LONGEST_LABEL = 60  # characters
 SUFFIX = "_sheet.png"
 
 
+def sheets_that_fit(sheets: Sequence[Sheet], progress: BatchProgress) -> Sequence[Sheet]:
+    """The sheets, which all have the same axes; none where they would be too large, which is said before the work."""
+    if sheets and _room(sheets[0]) < _SMALLEST_CELL:
+        progress.notify("The grid has more pictures than a contact sheet shows, so none is drawn.")
+        return []
+    return sheets
+
+
 def draw_sheets(sheets: Iterable[Sheet], journal: Journal, progress: BatchProgress) -> None:
     """Writes the sheets that have a picture, with other processes' pictures too, so the last process's are complete."""
     journal.read()
@@ -31,28 +39,33 @@ def draw_sheets(sheets: Iterable[Sheet], journal: Journal, progress: BatchProgre
         cells = [next(iter(journal.pictures(name)), None) for name in sheet.rows]
         if not any(cells):
             continue
-        path = journal.folder / f"{sheet.name}{SUFFIX}"
-        stream = io.BytesIO()
-        picture = draw_sheet(sheet, cells)
-        if picture is None:
-            progress.notify(
-                f"{printable(str(path))}: more pictures than one sheet shows; give shorter lists."
-            )
+        name = f"{sheet.name}{SUFFIX}"
+        path = journal.folder / name
+        if name in journal.owners:
+            progress.notify(f"{printable(str(path))} is a row's picture, so no contact sheet is drawn there.")
             continue
-        picture.save(stream, format="PNG")
+        stream = io.BytesIO()
+        draw_sheet(sheet, cells).save(stream, format="PNG")
         write_file(path, stream.getvalue())
         progress.file_written(path)
 
 
-def draw_sheet(sheet: Sheet, cells: list[Path | None]) -> Image.Image | None:
-    """One sheet: the last axis from left to right, the others from top to bottom. None where it would be too large."""
+def _columns_and_lines(sheet: Sheet) -> tuple[int, int]:
+    columns = len(sheet.axes[-1].values)
+    return columns, len(sheet.rows) // columns
+
+
+def _room(sheet: Sheet) -> int:
+    """The largest side of a cell, in pixels."""
+    return _LARGEST_SIDE // (max(_columns_and_lines(sheet)) + 1) - _GAP
+
+
+def draw_sheet(sheet: Sheet, cells: list[Path | None]) -> Image.Image:
+    """One sheet: the last axis from left to right, the others from top to bottom."""
     *above, across = sheet.axes
-    columns, lines = len(across.values), len(cells) // len(across.values)
+    columns, lines = _columns_and_lines(sheet)
     sides = [max(_size(cell)) for cell in cells if cell is not None]
-    room = _LARGEST_SIDE // (max(columns, lines) + 1) - _GAP
-    cell = min(max(*sides, _SMALLEST_CELL), _LARGEST_CELL, room)
-    if room < _SMALLEST_CELL:
-        return None
+    cell = min(max(*sides, _SMALLEST_CELL), _LARGEST_CELL, _room(sheet))
     size = max(10, cell // 20)
     font = ImageFont.load_default(size)
     titles = [" · ".join(labels) for labels in itertools.product(*map(_labels, above))]

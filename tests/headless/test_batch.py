@@ -90,6 +90,38 @@ def test_a_csv_of_any_spreadsheet(separator, folder):
     assert [Image.open(f"made/{name}.png").width for name in "ab"] == [16, 24]
 
 
+def test_a_csv_as_spreadsheets_leave_it(folder):
+    """Empty lines, lines and columns of empty cells."""
+    Path("rows.csv").write_text(",,,\r\n\r\nname,1.color,,\r\na,255,,\r\n,,,\r\n  \r\nb,,,\r\n,65280,,\r\n")
+    assert main(["batch", "graph.json", "rows.csv", "--output", "made"]) == 0
+    assert colours() == {"00003.png": GREEN, "a.png": BLUE, "b.png": (0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            b'\n1.color,name\n1,a\n2,"b\n3,c\n',  # read on, all that follows would be one name
+            "rows.csv cannot be read beyond line 3 (unexpected end of data); put a text with quotation marks or line "
+            "breaks in quotation marks, and double those inside it.",
+        ),
+        (
+            b'name\n"a" star\n',
+            "rows.csv cannot be read beyond line 1 (',' expected after '\"'); put a text with",
+        ),
+        (
+            "name\näpfel\n".encode("latin-1"),
+            "rows.csv is not text in UTF-8; save it as such, which spreadsheets call CSV UTF-8.",
+        ),
+    ],
+)
+def test_a_csv_that_would_be_misread(content, sentence, folder, capsys):
+    Path("rows.csv").write_bytes(content)
+    assert main(["batch", "graph.json", "rows.csv", "--output", "made"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+    assert not Path("made").exists()
+
+
 def test_parquet(folder, capsys):
     """In Parquet whole numbers beside missing ones become fractions; a value that JSON does not have fails its row."""
     columns = {"name": ["a", "b"], "1.color": [255.0, None], "1.width": [16, 24]}
@@ -124,11 +156,16 @@ def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
         {"name": "100%"}
         {"name": "gone", "Sampler.seed": 1}
         {"name": "what", "prompt": "a star"}
+        {"name": "e\\u0301"}
+        {"name": "é", "1.color": 1}
+        {"name": "both", "1.color": 1, "Paper.color": 2}
+        {"name": "file", "2.filename_prefix": "stars"}
+        {"name": "first.png/on", "1.color": 255}
         {"name": "last", "1.color": 255}
         """
     )
     assert batch() == 1
-    assert list(colours()) == ["first.png", "last.png"]
+    assert list(colours()) == ["e\u0301.png", "first.png", "last.png"]
     said = capsys.readouterr().err
     for sentence in (
         "first: row 2 has the name of an earlier one; give each a name of its own.",
@@ -139,9 +176,14 @@ def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
         "00007: the name '100%' holds %, which begins a pattern in names of pictures; give it another.",
         "gone: The graph has no node 'Sampler' (id, class or title); its nodes: 1 (EmptyImage), 2 (SaveImage).",
         "what: 'prompt' is not NODE.INPUT, such as 3.steps, nor seed or name.",
+        "é: row 11 has the name of an earlier one; give each a name of its own.",
+        "both: '1.color' and 'Paper.color' are one input, 'color' of node 1 (EmptyImage); give one of them.",
+        "file: filename_prefix of node 2 (SaveImage) has no effect in a batch, whose pictures are named by the rows; "
+        "leave it out, and give names in the column name.",
+        "first.png/on: made/first.png is a file, so no picture can be saved in it; give the row another name.",
     ):
         assert f"error: {sentence}" in said
-    assert "2 of 10 rows made, 8 could not be made." in said
+    assert "3 of 15 rows made, 12 could not be made." in said
     assert [line["name"] for line in lines() if "error" in line].count("low") == 1
 
 
@@ -273,6 +315,27 @@ def test_two_batches_do_not_write_one_list(folder, capsys):
     assert batch() == 0
 
 
+def test_two_batches_that_divide_the_rows_otherwise(folder, capsys, monkeypatch):
+    """What another process makes meanwhile is neither made again nor taken for a picture of somebody else."""
+    table(*({"name": name, "1.batch_size": 1 + (name == "c")} for name in "abc"))
+    make = GraphWorker.make
+
+    def make_others_too(worker: GraphWorker, job: Job):
+        monkeypatch.setattr(GraphWorker, "make", make)
+        assert batch("--shard", "1/1") == 0
+        capsys.readouterr()
+        return make(worker, job)
+
+    monkeypatch.setattr(GraphWorker, "make", make_others_too)
+    assert batch() == 0
+    assert lines() == []
+    assert [line["name"] for line in lines("batch.1-of-1.jsonl")] == ["a", "b", "c"]
+    assert sorted(colours()) == ["a.png", "b.png", "c_1.png", "c_2.png"]
+    said = capsys.readouterr().err
+    assert "[2/3] b: made by another process" in said
+    assert "3 of 3 rows made." in said
+
+
 def test_nodes_with_the_same_inputs_run_once(folder):
     """Loaders are such nodes, which have the same inputs in every row."""
     started: list[str] = []
@@ -319,6 +382,23 @@ def test_a_grid_and_its_contact_sheet(folder):
         shades = label.convert("L").histogram()
         assert sum(shades[:64]) > 0
         assert shades[255] > 0
+
+
+def test_a_grid_without_a_contact_sheet(folder, capsys):
+    """One that would be too large is refused before the work; one of a row's name replaces nothing."""
+    wide = f"1.color={','.join(map(str, range(200)))}"
+    assert main(["batch", "graph.json", "--output", "made", "--grid", wide]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "The grid has more pictures than a contact sheet shows, so none is drawn."
+    assert len(colours()) == 200
+    table({"name": "a_sheet", "1.color": 255})
+    assert batch() == 0
+    table({"name": "a"})
+    assert batch("--grid", "1.color=1,2") == 0
+    assert (
+        "made/a_sheet.png is a row's picture, so no contact sheet is drawn there." in capsys.readouterr().err
+    )
+    assert colours()["a_sheet.png"] == BLUE
 
 
 def test_a_grid_of_each_row(folder):
