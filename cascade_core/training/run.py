@@ -225,8 +225,10 @@ def prepare(
     )
     notify(data.summary())
     if held_out is not None:
+        count = len(pictures.held_out)
         notify(
-            f"{counted(len(pictures.held_out), 'picture')} held out, of which {len(held_out):,} measured on."
+            f"{counted(count, 'picture')} {'is' if count == 1 else 'are'} held out; the error is measured on "
+            f"{len(held_out):,}."
         )
     if processes.is_main_process:
         write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)

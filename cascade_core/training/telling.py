@@ -24,7 +24,7 @@ def at_beginning(
     whole = parameter_count(task.network)
     size = train.batch_size * train.accumulate * processes
     mean = rows_per_epoch / max(steps_per_epoch, 1) * train.accumulate
-    fewer = f", {mean:.3g} on average, as buckets hold fewer" if mean < 0.95 * size else ""
+    fewer = f", {_shown(mean)} on average, as buckets hold fewer" if mean < 0.95 * size else ""
     factors = f"{train.batch_size} × {train.accumulate} accumulated × {counted(processes, 'process', 'es')}"
     divided = f", the network divided among {processes} (train.fsdp)" if task.shards is not None else ""
     epoch = steps_per_epoch / train.accumulate
@@ -33,10 +33,19 @@ def at_beginning(
     return (
         f"Training on {device_name(task.device)} in {precision}{by}, {counted(processes, 'process', 'es')}{divided}: "
         f"{trained:,} trained numbers beside {stage}'s {whole:,}. A step takes {counted(size, 'picture')} "
-        f"({factors}){fewer}; an epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and the run has "
-        f"{counted(train.steps, 'step')}, {rounds:.3g} epoch{'s' * (rounds != 1)}. Checkpoint, log and samples go to "
+        f"({factors}){fewer}; an epoch is {about(epoch, 'step')}, and the run has "
+        f"{counted(train.steps, 'step')}, {about(rounds, 'epoch')}. Checkpoint, log and samples go to "
         f"{loop.folder}, the result to {file}."
     )
+
+
+def about(number: float, noun: str) -> str:
+    """A rounded number of things, singular where 1 is shown."""
+    return f"{_shown(number)} {noun}{'s' * (_shown(number) != '1')}"
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def at_end(loop: Loop[StageCTask], path: Path) -> str:

@@ -88,6 +88,11 @@ def test_a_file_that_cannot_be_written(world, tmp_path):
         ),
         (
             "lora",
+            {"lora": {"ranks": {"attention": 5000}}},
+            "lora.ranks.attention is 5000, but no change of the 47 layers has a rank above ",
+        ),
+        (
+            "lora",
             {"lora": {"targets": ["nothing"]}},
             "lora.targets: 'nothing' matches none of the 47 layers of StageC",
         ),

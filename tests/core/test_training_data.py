@@ -396,7 +396,7 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path):
         (folder / name).write_bytes(b"")
     with pytest.raises(
         CascadeError,
-        match=r"None of 4 pictures can be trained on: .*000.png \(not a picture\) and 2 more alike",
+        match=r"^No picture can be trained on, of 4: .*000.png \(not a picture\) and 2 more alike",
     ):
         open_data(folder)
 

@@ -13,6 +13,7 @@ from cascade_nodes.cascade_core.training.prompts import read_prompts, sample_pro
 from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.samples import grid
 from cascade_nodes.cascade_core.training.settings import SamplePrompt, resolve
+from cascade_nodes.cascade_core.training.telling import about
 from cascade_nodes.tests.core.training_runs import settings_of, write_world
 from cascade_nodes.tests.nodes.tiny import FOLDERS
 
@@ -220,6 +221,11 @@ def test_a_run_says_what_it_does_and_what_came_of_it(world, tmp_path):
     assert " layers of Stage C, as kohya writes it, in fp32 after 8 steps, averaged over steps" in told[-1]
 
 
+def test_a_rounded_number_decides_the_plural():
+    told = [about(number, "epoch") for number in (1.001, 1.006, 0.0625, 5.333, 1234.4)]
+    assert told == ["1 epoch", "1.01 epochs", "0.0625 epochs", "5.33 epochs", "1,234 epochs"]
+
+
 def test_what_there_is_one_of_is_told_as_one(world, tmp_path):
     told: list[str] = []
     settings = settings_of(
@@ -232,7 +238,7 @@ def test_what_there_is_one_of_is_told_as_one(world, tmp_path):
     )
     train(settings, told.append)
     sentences = "\n".join(told)
-    assert "1 picture held out, of which 1 measured on." in sentences
+    assert "1 picture is held out; the error is measured on 1." in sentences
     assert "an epoch is 1 step, and the run has 1 step, 1 epoch. " in sentences
     assert "\n1 step, 0:00 this time." in sentences
     assert "a LoRA of rank 1 of 1 layer of Stage C, as kohya writes it, in fp32 after 1 step," in sentences

@@ -158,7 +158,7 @@ class TrainingData:
         self.skipped = [*left_out, *unreadable, *faulty]
         if not usable:
             raise CascadeError(
-                f"None of {counted(len(found), 'picture')} can be trained on: {reasons(self.skipped)}; give pictures "
+                f"No picture can be trained on, of {len(found):,}: {reasons(self.skipped)}; give pictures "
                 "as PNG, JPEG or WebP."
             )
         self.captions = [""]

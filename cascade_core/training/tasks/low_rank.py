@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.changes import AddedChange
-from ...errors import CascadeError, counted, quoted
+from ...errors import CascadeError, counted, printable, quoted
 from ...networks.layers import Attention
 from ..frozen import float_weight
 from ..settings import LoRASettings
@@ -99,13 +99,15 @@ class LayerPlan(NamedTuple):
         return cls(ranks, alphas, scales, [float(rate_of.get(name, 1.0)) for name in layers])
 
 
-def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> None:
-    """Raises CascadeError for a rank above that of every layer, which would only cost memory."""
+def check_ranks(layers: Mapping[str, nn.Module], used: Iterable[int], settings: LoRASettings) -> None:
+    """Raises CascadeError for a used rank above that of every layer, which would only cost memory."""
     largest = max(min(matrix_size(layer)) for layer in layers.values())
-    for rank in [ranks] if isinstance(ranks, int) else set(ranks):
-        if rank > largest:
+    stated = {"lora.rank": settings.rank}
+    stated |= {f"lora.ranks.{printable(pattern)}": rank for pattern, rank in settings.ranks.items()}
+    for key, rank in stated.items():
+        if rank > largest and rank in used:
             raise CascadeError(
-                f"lora.rank is {rank}, but no change of the {counted(len(layers), 'layer')} has a rank above "
+                f"{key} is {rank}, but no change of the {counted(len(layers), 'layer')} has a rank above "
                 f"{largest}; give at most {largest}, such as 16."
             )
 
@@ -202,7 +204,7 @@ class LowRankChanges(nn.Module):
     ) -> "LowRankChanges":
         """Changes of some of a network's layers, by the settings."""
         plan = LayerPlan.of(network, layers, settings)
-        check_rank(layers, plan.ranks)
+        check_ranks(layers, plan.ranks, settings)
         return cls(layers, settings.rank, settings.alpha, dtype, generator, settings, plan, hooked)
 
     def _slot(self, layer: int, name: str, up_rate: float) -> Slot:
