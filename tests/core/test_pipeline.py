@@ -73,6 +73,18 @@ def test_syntax_of_other_programs_is_told_of_once(cascade, caplog):
     assert "'BREAK' is read as a word" in notice
 
 
+def test_both_prompts_are_encoded_in_one_pass(cascade):
+    """So that a text encoder whose weights are streamed is read once."""
+    passes: list[int] = []
+    model = cascade.text_stage().encoder.model.text_model
+    handle = model.register_forward_hook(lambda _, __, output: passes.append(len(output.last_hidden_state)))
+    try:
+        cascade.prior(["a (red:1.3) star", "a blue star"], negative="a circle")
+    finally:
+        handle.remove()
+    assert passes == [4]  # both prompts, the empty one that the weight needs, the negative one
+
+
 def test_a_call_is_its_stages_one_after_the_other(cascade):
     latent = cascade.prior("a red star", seed=4)
     assert latent.shape == (1, 16, 2, 2)

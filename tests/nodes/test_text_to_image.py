@@ -30,6 +30,18 @@ def test_a_prompt_becomes_a_picture(sockets):
     assert result["image"].std() > 0.01
 
 
+def test_both_prompts_are_encoded_in_one_pass(sockets):
+    """So that a text encoder whose weights are streamed is read once."""
+    passes: list[int] = []
+    model = sockets["clip"].encoder.model.text_model
+    handle = model.register_forward_hook(lambda _, __, output: passes.append(len(output.last_hidden_state)))
+    try:
+        CascadeTextEncode.execute(sockets["clip"], "a (red:1.3) star", "a circle")
+    finally:
+        handle.remove()
+    assert passes == [3]  # the positive prompt, the empty one that its weight needs, the negative one
+
+
 def test_the_seed_alone_decides(sockets):
     first, again = text_to_image(sockets), text_to_image(sockets)
     assert torch.equal(first["image"], again["image"])
