@@ -168,8 +168,8 @@ class TextEncoder:
     def encode_each(
         self, batches: Sequence[Sequence[str]], learned: Sequence[LearnedToken] = ()
     ) -> list[TextStates]:
-        """`encode` of each batch of prompts; in one pass of the model where they fit together, so that streamed weights
-        are read once.
+        """`encode` of each batch of prompts, in as few passes of the model as hold them together, so that streamed
+        weights are read as seldom as possible.
         """
         table = self._table(learned) if learned else None
         chunked = [self._chunked(prompts, table) for prompts in batches]
@@ -199,26 +199,17 @@ class TextEncoder:
     ) -> list[TextStates]:
         """The rows of each batch, pooled by a product of its own, which rounds as it does without the others."""
         # Of the first weights, the tokens' embeddings, placement may look up the rows in main memory.
-        device = self.model.text_projection.weight.device
-        parts = [
-            [
-                torch.tensor(rows[i : i + CHUNKS_AT_ONCE], device=device)
-                for i in range(0, len(rows), CHUNKS_AT_ONCE)
-            ]
-            for rows in batches
+        pool, sizes = self.model.text_projection, list(map(len, batches))
+        device = pool.weight.device
+        together = torch.tensor([row for rows in batches for row in rows], device=device)
+        ran = [
+            _run_model(self.model, part, self.tokenizer.end_token, learned)
+            for part in together.split(CHUNKS_AT_ONCE)
         ]
-        together = [part for batch in parts for part in batch]
-        if sum(map(len, together)) <= CHUNKS_AT_ONCE:
-            sizes = [len(part) for part in together]
-            results = _run_model(self.model, torch.cat(together), self.tokenizer.end_token, learned)
-            ran = zip(*(result.split(sizes) for result in results), strict=True)
-        else:
-            ran = (_run_model(self.model, part, self.tokenizer.end_token, learned) for part in together)
-        pieces = iter(
-            [(states.float(), self.model.text_projection(at_end).float()) for states, at_end in ran]
-        )
+        states, at_end = (torch.cat(parts).split(sizes) for parts in zip(*ran, strict=True))
         encoded = [
-            TextStates(*map(torch.cat, zip(*(next(pieces) for _ in batch), strict=True))) for batch in parts
+            TextStates(own.float(), torch.cat([pool(part) for part in ends.split(CHUNKS_AT_ONCE)]).float())
+            for own, ends in zip(states, at_end, strict=True)
         ]
         for batch in encoded:
             explain_non_finite(self.model, batch.states, "text encoder")
