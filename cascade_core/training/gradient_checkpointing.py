@@ -33,29 +33,29 @@ def checkpoint_blocks(
         block.forward = _checkpointed(block, block.forward, contexts)
 
 
-def checkpoint_cells(network: Any) -> None:
-    """Checkpoint the cells of a network that is divided, in place. They store a third of what its blocks would.
+def checkpoint_segments(network: Any) -> None:
+    """Checkpoint the segments of a network that is divided, in place. They store a third of what its blocks would.
 
     By a backward pass within the backward pass, which spares the processor a third of its work: it keeps no tensor in
     Python. The results are those of `checkpoint_blocks`, to the bit.
     """
     for level, _ in network.levels():
-        for cell in cells_of(level):
-            _checkpoint_together(cell)
+        for segment in segments_of(level):
+            _checkpoint_together(segment)
 
 
-def cells_of(level: Iterable[nn.Module]) -> Iterator[list[Any]]:
-    """The blocks of a level from one ResBlock to the next, all with trained parameters or none of them."""
-    cell, trained = list[Any](), False
+def segments_of(level: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """Segments of a level: its blocks from one ResBlock to the next, all with trained parameters or none of them."""
+    segment, trained = list[Any](), False
     for block in level:
         own = any(parameter.requires_grad for parameter in block.parameters())
-        if cell and (isinstance(block, ResBlock) or own != trained):
-            yield cell
-            cell = []
-        cell.append(block)
+        if segment and (isinstance(block, ResBlock) or own != trained):
+            yield segment
+            segment = []
+        segment.append(block)
         trained = own
-    if cell:
-        yield cell
+    if segment:
+        yield segment
 
 
 def blocks_of(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
@@ -78,19 +78,19 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], contexts: Conte
     return run
 
 
-def _checkpoint_together(cell: list[Any]) -> None:
-    """Makes the last block of a cell run all of it, as one checkpoint; the others return their input as it is.
+def _checkpoint_together(segment: list[Any]) -> None:
+    """Makes the last block of a segment run all of it, as one checkpoint; the others return their input as it is.
 
     So each block is still called where it was, with the hooks that gather its weights.
     """
-    forwards = [block.forward for block in cell]
+    forwards = [block.forward for block in segment]
     called: list[tuple[Any, ...]] = []  # what each block was called with, beside x
 
     def run(index: int, x: Tensor, *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forwards[index](x, *inputs)
         called[index:] = [inputs]
-        if index + 1 < len(cell):
+        if index + 1 < len(segment):
             return x
         given = [each for inputs in called for each in inputs]
         together = partial(_run_all, list(zip(forwards, map(len, called), strict=True)))
@@ -100,10 +100,10 @@ def _checkpoint_together(cell: list[Any]) -> None:
             x,
             *given,
             use_reentrant=any(isinstance(each, Tensor) and each.requires_grad for each in (x, *given)),
-            preserve_rng_state=cell[0].training,
+            preserve_rng_state=segment[0].training,
         )
 
-    for index, block in enumerate(cell):
+    for index, block in enumerate(segment):
         block.forward = partial(run, index)
 
 

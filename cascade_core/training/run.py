@@ -36,7 +36,7 @@ from .data.stage_b import HeldOutStageB, StageBData
 from .data.text_cache import TextCache
 from .deadline import stop_time, stopping
 from .frozen import load_frozen, parameter_count
-from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, checkpoint_cells, compile_blocks
+from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, checkpoint_segments, compile_blocks
 from .launch import build_accelerator, compute_dtype
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress
@@ -356,7 +356,7 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         if isinstance(task, LoRATask) and task.changes is not None:
             checkpoint_blocks(stage_c, task.changes.contexts)
         elif settings.fsdp:
-            checkpoint_cells(stage_c)
+            checkpoint_segments(stage_c)
         else:
             checkpoint_blocks(stage_c)
     if settings.cuda_graphs and can_allocate_in_capture(task.device):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gradient_checkpointing import CHECKPOINTED, blocks_of, cells_of
+from .gradient_checkpointing import CHECKPOINTED, blocks_of, segments_of
 from .processes import Processes
 from .state import rows_of
 
@@ -161,19 +161,19 @@ def _matrices(block: nn.Module) -> list[Tensor]:
 
 
 def _units(network: Any) -> Iterator[list[Any]]:
-    """Cells that follow each other in a level, with up to UNIT weights, all with trained matrices or none of them."""
+    """Neighbouring segments of a level, with up to UNIT weights, all with trained matrices or none of them."""
     for level, _ in network.levels():
         blocks, weights, wide = list[Any](), 0, False
-        for cell in cells_of(level):
+        for segment in segments_of(level):
             matrices = [
-                weight for block in cell if isinstance(block, CHECKPOINTED) for weight in _matrices(block)
+                weight for block in segment if isinstance(block, CHECKPOINTED) for weight in _matrices(block)
             ]
             own = sum(weight.numel() for weight in matrices)
             trained = any(weight.dtype == torch.float32 for weight in matrices)
             if blocks and (weights + own > UNIT or trained != wide):
                 yield blocks
                 blocks, weights = [], 0
-            blocks.extend(cell)
+            blocks.extend(segment)
             weights, wide = weights + own, trained
         if blocks:
             yield blocks

@@ -22,9 +22,9 @@ from cascade_nodes.cascade_core.training.data.masks import (
     training_masks,
 )
 from cascade_nodes.cascade_core.training.gradient_checkpointing import (
-    cells_of,
     checkpoint_blocks,
-    checkpoint_cells,
+    checkpoint_segments,
+    segments_of,
 )
 from cascade_nodes.cascade_core.training.tasks import controlnet as control
 from cascade_nodes.cascade_core.training.tasks import lora
@@ -362,11 +362,11 @@ def test_blocks_computed_again_keep_only_their_input():
     assert kept() < before / 5
 
 
-def test_cells_of_repeated_levels_give_the_gradients_of_blocks():
-    """Levels that run twice and dropout, for which each cell draws again what it has drawn."""
+def test_segments_of_repeated_levels_give_the_gradients_of_blocks():
+    """Levels that run twice and dropout, for which each segment draws again what it has drawn."""
     config = {**CONFIGS["stage_b"], "block_repeat": [[2, 1], [3, 2]], "dropout": [0.1, 0.2]}
     gradients = []
-    for checkpoint in (lambda network: None, checkpoint_blocks, checkpoint_cells):
+    for checkpoint in (lambda network: None, checkpoint_blocks, checkpoint_segments):
         torch.manual_seed(0)
         network = StageB.from_config(config).train()
         for parameter in network.parameters():
@@ -377,19 +377,19 @@ def test_cells_of_repeated_levels_give_the_gradients_of_blocks():
         predicted = network(x, torch.rand(2), torch.randn(2, 16, 4, 4), torch.randn(2, 1, config["c_clip"]))
         predicted.square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
-    whole, blocks, cells = gradients
-    for expected, *others in zip(whole, blocks, cells, strict=True):
+    whole, blocks, segments = gradients
+    for expected, *others in zip(whole, blocks, segments, strict=True):
         assert all(torch.equal(expected, other) for other in others)
 
 
 def test_a_cell_ends_before_a_resblock_and_where_training_does():
     level = StageC.from_config({**CONFIGS["stage_c"], "blocks": [[2, 1], [1, 1]]}).levels()[0][0]
-    kinds = [[type(block).__name__[0] for block in cell] for cell in cells_of(level)]
-    whole = ["".join(cell) for cell in kinds]
+    kinds = [[type(block).__name__[0] for block in segment] for segment in segments_of(level)]
+    whole = ["".join(segment) for segment in kinds]
     assert whole == ["RTA", "RTA"]
     for block in level[:2]:
         block.requires_grad_(False)
-    assert [len(cell) for cell in cells_of(level)] == [2, 1, 3]
+    assert [len(segment) for segment in segments_of(level)] == [2, 1, 3]
 
 
 def test_the_teacher_of_few_steps_is_the_untrained_network_guided(world, tmp_path, monkeypatch):
