@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [--tasks finetune finetune_b lora controlnet] [--size 3.6b] [--seconds 100] [--json FILE]
     python benchmarks/ranks.py --tasks finetune finetune:24 finetune_b:12 --steps 5    # the batch on each GPU
-    python benchmarks/ranks.py --tasks finetune --variants profile "unit 33554432 prefetch 1" no-reentrant
+    python benchmarks/ranks.py --tasks finetune --variants profile "unit 33554432 prefetch 1" checkpoint-blocks
 
 Each measurement is `benchmarks/training.py` with random weights, in processes of its own, which import while others
 measure. Those on one GPU go beside each other where they can. Each row is written as soon as it is there, and one
@@ -44,7 +44,7 @@ ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THR
 class Measurement:
     """A task on some GPUs: its processes, which wait for `turn`, and what came of it.
 
-    row: the task, or `task:batch`
+    row: `task:batch`
     """
 
     row: str
@@ -62,7 +62,7 @@ class Measurement:
 
     @property
     def batch(self) -> int:
-        return int(self.row.partition(":")[2] or BATCH[self.task])
+        return int(self.row.partition(":")[2])
 
     @property
     def name(self) -> str:
@@ -128,13 +128,13 @@ class Measurement:
 
 
 def row_name(text: str) -> str:
-    """A task, or `task:batch`."""
+    """`task:batch` of a task, or of a task with its batch."""
     task, colon, batch = text.partition(":")
     if task not in PICTURES or (colon and not batch.isdecimal()):
         raise argparse.ArgumentTypeError(
             f"one of {', '.join(PICTURES)}, with or without :BATCH, not {text!r}"
         )
-    return text
+    return f"{task}:{int(batch or BATCH[task])}"
 
 
 def free_port() -> str:
@@ -242,7 +242,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", type=row_name, default=list(DEFAULT), metavar="TASK[:BATCH]")
+    parser.add_argument(
+        "--tasks", nargs="+", type=row_name, default=list(map(row_name, DEFAULT)), metavar="TASK[:BATCH]"
+    )
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
     parser.add_argument("--steps", type=int, default=10, help=f"measured, after {WARM}")

@@ -281,7 +281,9 @@ def measure(
         synchronise(device)
         built = time.perf_counter() - began_building
         reset(device)  # excludes the peak of building
-        prepare_blocks(task, replace(settings.train, fsdp=settings.train.fsdp and options.reentrant))
+        prepare_blocks(
+            task, replace(settings.train, fsdp=settings.train.fsdp and not options.checkpoint_blocks)
+        )
         if settings.train.fsdp and accelerator.num_processes > 1:
             sharding.UNIT = options.unit
             task.divide(accelerator)
@@ -531,7 +533,7 @@ def parsed_options() -> argparse.Namespace:
         "--prefetch", type=int, default=0, help="of --fsdp: units gathered in advance by name"
     )
     parser.add_argument(
-        "--reentrant", action=argparse.BooleanOptionalAction, default=True, help="of --fsdp: checkpointing"
+        "--checkpoint-blocks", action="store_true", help="of --fsdp: each block by itself, not segments"
     )
     parser.add_argument(
         "--profile", action="store_true", help="tables of what takes time, of the main process"

@@ -43,7 +43,7 @@ def test_the_page_takes_its_figures_from_the_measurements(module):
     batch = {"device": device, "graph": graph, "how": "shares", "target": 1.9, "runs": runs, "times": 2.0}
     one = {"steps_per_second": 1.5, "peak_gb": 90.0}
     row = {"batch": 24, "date": "2026-12-01", "asked": 1.8, "asked_memory": 0.6, "one": one, "two": None}
-    ranks = page.together({"device": device, "rows": {"finetune:24": {}, "lora": {**row, "batch": 4}}}, {
+    ranks = page.together({"device": device, "rows": {"finetune:24": {}, "lora:4": {**row, "batch": 4}}}, {
         "device": device, "rows": {"finetune:24": row},
     })  # fmt: skip
     filled = page.fill(page.PAGE.read_text(encoding="utf-8"), {"batch": batch, "ranks": ranks})
@@ -55,5 +55,5 @@ def test_the_page_takes_its_figures_from_the_measurements(module):
         in filled
     )
     whole = {**row, "two": one}
-    cut = page.together({"rows": {"lora": whole}}, {"rows": {"lora": row, "finetune": row}})
-    assert cut["rows"] == {"lora": whole, "finetune": row}
+    cut = page.together({"rows": {"lora:4": whole}}, {"rows": {"lora:4": row, "finetune:24": row}})
+    assert cut["rows"] == {"lora:4": whole, "finetune:24": row}

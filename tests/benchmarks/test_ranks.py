@@ -23,6 +23,12 @@ time.sleep(60)  # one that does not end is ended once its figures are there
 """
 
 
+def test_a_task_is_one_row_with_its_usual_batch_or_that_batch_stated(module):
+    row_name = module("ranks").row_name
+    assert row_name("finetune") == row_name("finetune:16") == row_name("finetune:016") == "finetune:16"
+    assert row_name("finetune:24") != row_name("finetune")
+
+
 def test_a_measurement_that_fails_leaves_the_others_alone(module, tmp_path, monkeypatch, capsys):
     ranks, path = module("ranks"), tmp_path / "ranks.json"
     script = tmp_path / "training.py"
@@ -35,8 +41,11 @@ def test_a_measurement_that_fails_leaves_the_others_alone(module, tmp_path, monk
     with pytest.raises(SystemExit, match="Some of the measurements failed"):
         ranks.main()
     written = json.loads(path.read_text(encoding="utf-8"))
-    assert written["failed"] == {"lora, two": "ended with exit status 1", "controlnet, two": "took too long"}
-    finetune, lora = written["rows"]["finetune:24"], written["rows"]["lora"]
+    assert written["failed"] == {
+        "lora:4, two": "ended with exit status 1",
+        "controlnet:4, two": "took too long",
+    }
+    finetune, lora = written["rows"]["finetune:24"], written["rows"]["lora:4"]
     assert (finetune["batch"], finetune["times"], finetune["memory"], finetune["met"]) == (24, 1.9, 0.5, True)
     assert (lora["one"] is None, lora["two"] is None, "met" in lora) == (False, True, False)
     printed = capsys.readouterr().out
