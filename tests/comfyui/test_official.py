@@ -32,7 +32,7 @@ from cascade_nodes.tests.headless.pictured import NAMES, official, save_picture
 
 GRAPHS = graphs()
 # The examples ask the demo for what it does not know, at sizes that it was not trained at. Its steps make a difference
-# in the last bit some thousand times as large there, in samplers and what follows them.
+# in the last bit some thousand times as large there, in samplers and what follows them: see test_rounding.py.
 ROUNDING, SAMPLED = 1e-4, 2e-3
 EXACT = {
     "LoadImage", "ImageScale", "Canny", "InvertMask", "ThresholdMask", "GrowMask", "EmptyImage", "JoinImageWithAlpha",

@@ -162,12 +162,27 @@ def against_lora_loader(sockets: dict[str, dict[str, Any]], prompts: Any) -> dic
     return results
 
 
+def changed_by_patches(patcher: Any, dtype: torch.dtype) -> float:
+    """The largest change of a weight by all its patches, of its largest number, computed in a precision."""
+    weights = patcher.model.state_dict()
+    changes = []
+    for key, patches in patcher.patches.items():
+        weight = weights[key].to(dtype)
+        patched = comfy.lora.calculate_weight(patches, weight.clone(), key, intermediate_dtype=dtype)
+        changes.append(relative(patched, weight))
+    return max(changes)
+
+
 def chains(value: dict[str, Any], prompts: Any) -> dict[str, float]:
     """Several LoRAs, then one taken back, then none left."""
     before, text = sample(value["model"], prompts), states(value["clip"], PROMPT)
     twice = apply(apply(value, "plain", 0.8, 0.8), "row", -0.4)
     restored = apply(apply(value, "plain", 0.8, 0.8), "plain", -0.8, -0.8)
     results = {
+        **{
+            f"same: one and its opposite, weights in {dtype}": changed_by_patches(restored["model"], dtype)
+            for dtype in (torch.float32, torch.float64)
+        },
         "other: two in a row": relative(sample(twice["model"], prompts), before),
         "same: one and its opposite": relative(sample(restored["model"], prompts), before),
         "same: one and its opposite, CLIP": relative(states(restored["clip"], PROMPT), text),

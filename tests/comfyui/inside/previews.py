@@ -20,7 +20,7 @@ import latent_preview
 import native
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
-from interop import encode, make_run
+from interop import RunToZero, encode, make_run
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -74,7 +74,10 @@ def show(request: Any, method: LatentPreviewMethod = AUTO, now: Callable[[], flo
 
 
 def difference(preview: Image.Image, picture: torch.Tensor) -> float:
-    """Largest difference, of 255, between the last step's preview (of its clean latent) and the result's picture."""
+    """Largest difference, of 255, between the last step's preview and the result's picture.
+
+    The preview shows the step's clean latent, which is the result of a `RunToZero`.
+    """
     return (pil_to_tensor(preview) - picture[0].clamp(0, 1) * 255).abs().max().item()
 
 
@@ -113,7 +116,7 @@ def from_files(prompts: Any) -> dict[str, Any]:
         folder = Path(name)
         (folder / "vae").mkdir()
         wide = comfyui.load_network("stage_c", native.wide_stage_c(folder), "fp32")
-        request, load = make_run("stage_c", wide, prompts, steps=STEPS), checkpoints.load_model
+        request, load = make_run("stage_c", wide, prompts, RunToZero, steps=STEPS), checkpoints.load_model
         results["without a file"] = list(show(request).previews[-1].size)
         folder_paths.add_model_folder_path("vae", str(folder / "vae"))
         (folder / "vae" / "a_broken.safetensors").write_bytes(b"broken")
@@ -259,7 +262,9 @@ def methods() -> dict[str, str]:
 def measure() -> dict[str, Any]:
     prompts = encode("ours", comfyui.load_text_encoder(WEIGHTS / "demo_text_encoder"))
     requests = {
-        kind: make_run(kind, comfyui.load_network(kind, file_of(kind), "fp32"), prompts, steps=STEPS)
+        kind: make_run(
+            kind, comfyui.load_network(kind, file_of(kind), "fp32"), prompts, RunToZero, steps=STEPS
+        )
         for kind in ("stage_c", "stage_b")
     }
     return {
