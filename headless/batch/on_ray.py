@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections import deque
@@ -169,6 +170,8 @@ class RayCrew:
 
     def _connect(self, address: str | None) -> Any:
         """Starts Ray on this machine alone, or joins a cluster; returns the module."""
+        if address is not None:
+            check_reachable(address)
         prepare(os.environ, alone=address is None)
         try:
             import ray
@@ -222,6 +225,19 @@ class RayCrew:
             cards = f"{gpus:g} GPU" if gpus else "one CPU"
             raise CascadeError(f"--workers {workers} with {cards} each do not fit; there is room for {room}.")
         return workers
+
+
+def check_reachable(address: str) -> None:
+    """Raises CascadeError for HOST:PORT where nothing listens: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "//" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), min(int(port), 65_535)), timeout=10).close()
+        except OSError as error:
+            raise CascadeError(
+                f"Nothing answers at --address {quoted(address)} ({error.strerror or error}); give the address that "
+                "`ray start --head` printed."
+            ) from error
 
 
 def prepare(environment: MutableMapping[str, str], alone: bool) -> None:

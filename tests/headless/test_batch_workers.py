@@ -120,6 +120,10 @@ def test_ctrl_c_twice_takes_the_row_off_the_server(folder, servers):
             "--memory limits this program alone; start the ComfyUIs",
         ),
         (["--server", "127.0.0.1:9"], "No ComfyUI answers at http://127.0.0.1:9"),
+        (
+            ["--address", "127.0.0.1:9"],
+            "Nothing answers at --address '127.0.0.1:9' (Connection refused); give the address that `ray start --head`",
+        ),
         (["--gpus-per-worker", "1"], "--gpus-per-worker needs --workers; give the number of workers."),
     ],
 )
