@@ -31,17 +31,26 @@ def run_training(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from ..cascade_core.errors import CascadeError
     from ..cascade_core.training.dry_run import dry_run
+    from ..cascade_core.training.launch import launched_with_others, share_failure
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import read_settings, resolve
     from .trial import how_to_try
 
-    read = read_settings(path, task, preset)
+    line = ProgressLine()
     folder = path.resolve().parent
-    settings = resolve(read, folder, finder(folder))
+    try:
+        settings = resolve(read_settings(path, task, preset), folder, finder(folder))
+    except CascadeError as error:
+        if dry or not launched_with_others():
+            raise
+        line.notify(f"error: {error}")
+        share_failure(error)
+        leave_group(together=False)
+        return 1
     fast = settings.train.precision != "fp32"  # fp32: products are computed in float32 too, not in TF32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
-    line = ProgressLine()
     if dry:
         dry_run(settings, line.notify)
         return 0

@@ -8,6 +8,9 @@ else.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from ..errors import CascadeError, excerpt, on_one_line, printable, quoted
 from ..networks.precision import PRECISIONS
 from .processes import Processes
 
+MEETING = timedelta(minutes=1)  # to tell the others why this process ends
 SHARDED = {  # ways to divide a network among processes
     "ACCELERATE_USE_FSDP": "FSDP (fsdp_config)",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (deepspeed_config)",
@@ -24,19 +28,35 @@ SHARDED = {  # ways to divide a network among processes
 }
 
 
-def build_accelerator(precision: str = "auto") -> Processes:
+def launched_with_others() -> bool:
+    """Whether this is one of several processes, by the variables that launchers set."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def share_failure(error: CascadeError) -> None:
+    """Raises an error from before the run in the other processes, which else would wait for this one to meet them."""
+
+    def fail() -> None:
+        raise error
+
+    with suppress(CascadeError):
+        build_accelerator(patience=MEETING).on_each(fail)
+
+
+def build_accelerator(precision: str = "auto", patience: timedelta | None = None) -> Processes:
     """Raises CascadeError where accelerate is missing, or configured for a feature that training here does not use.
 
     precision: `train.precision` of the settings, with which accelerate's mixed_precision, if given, must agree.
+    patience: how long to wait for the other processes; None: as long as accelerate waits.
     """
     _check_configuration()
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError:
         raise CascadeError(
             "Training runs on accelerate, which is not installed; run: pip install accelerate"
         ) from None
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    several = launched_with_others()
     if several and "LOCAL_RANK" not in os.environ:
         raise CascadeError(
             f"WORLD_SIZE is {quoted(os.environ['WORLD_SIZE'])}, but nothing says which GPU is this process's "
@@ -44,8 +64,10 @@ def build_accelerator(precision: str = "auto") -> Processes:
             "launch, or unset it."
         )
     # Where there is no accelerator, processes would each train alone as well.
+    waiting: list[Any] = [InitProcessGroupKwargs(timeout=patience)] if patience is not None else []
     try:
-        accelerator = Accelerator(mixed_precision="no", cpu=several and not (count("cuda") or count("xpu")))
+        cpu = several and not (count("cuda") or count("xpu"))
+        accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=waiting)
     except (
         torch.distributed.DistError,
         ValueError,

@@ -96,3 +96,17 @@ def test_a_machine_that_is_killed_ends_the_other_with_a_sentence(tmp_path):
     assert "error: Process 0 of 2, on " in told[0]
     assert ", has lost another one, which has ended or cannot be reached (" in told[0]
     assert (first / "killed" / STATE).exists()
+
+
+@pytest.mark.nightly
+def test_a_machine_without_a_network_tells_the_other(tmp_path):
+    """It never begins the run, for which the other one would wait."""
+    first = write_world(tmp_path / "first")
+    worlds = first, shutil.copytree(first, tmp_path / "second")
+    (worlds[1] / "models/stable_cascade/tiny_compressor.safetensors").unlink()
+    running = start(worlds, "torchrun", "without", 2)
+    told = [process.communicate(timeout=300)[0] for process in running]
+    sentence = "No semantic compressor file 'models/stable_cascade/tiny_compressor.safetensors' was found"
+    assert f"error: Process 1 of 2, on {socket.gethostname()}: {sentence}" in told[0]
+    assert f"error: {sentence}" in told[1]
+    assert not (first / "without").exists()
