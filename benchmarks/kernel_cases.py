@@ -299,10 +299,11 @@ def sweep(draw: Draw) -> Iterator[Case]:
                 label = f" {elements} w{warps}"
                 yield depthwise_gate_norm(draw, level, label, elements=elements, num_warps=warps)
     for level in STAGES:
-        for elements in (2048, 4096, 8192, 16384):
-            for warps in (4, 8, 16):
-                label = f" {elements} w{warps}"
-                yield depthwise_norm(draw, level, label, elements=elements, num_warps=warps)
+        tile = depthwise.norm_tile(level.channels)
+        for rows in (tile.rows // 2, tile.rows, 2 * tile.rows):
+            for warps in (2, 4, 8):
+                label = f" {rows} w{warps}"
+                yield depthwise_norm(draw, level, label, tile=tile._replace(rows=rows, warps=warps))
         if level.heads:
             for m, n, warps in (
                 (128, 64, 4),

@@ -57,14 +57,18 @@ def taps(convolution: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(2, 5, 7, 48), (1, 4, 4, 64), (2, 1, 9, 20), (1, 6, 3, 320)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(2, 5, 7, 48), (1, 4, 4, 64), (2, 1, 9, 20), (1, 6, 3, 320), (1, 3, 2, 1280), (1, 2, 2, 37)],
+    ids=str,
+)
 def test_depthwise_norm(size, dtype):
     batch, height, width, channels = size
     block = randomised(layers.ResBlock(channels), dtype)
     x = normal(batch, channels, height, width, dtype=dtype)
     weight, bias = taps(block.get_submodule("depthwise"), dtype)
     out = torch.empty_like(tokens(x))
-    depthwise.depthwise_norm(tokens(x), weight, bias, height, width, EPS, out, elements=1024)
+    depthwise.depthwise_norm(tokens(x), weight, bias, height, width, EPS, out)
     expected = block.get_submodule("norm")(block.get_submodule("depthwise")(x.double()))
     assert_near(out, tokens(expected), dtype)
 
@@ -234,7 +238,7 @@ def test_modulate(size, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(2, 7, 48), (1, 33, 256), (2, 3, 1280)], ids=str)
+@pytest.mark.parametrize("size", [(2, 7, 48), (1, 33, 256), (2, 3, 1280), (2, 3, 37), (1, 5, 576)], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_modulate_norm(size, dtype, with_bias):
     channels = size[-1]
@@ -246,6 +250,23 @@ def test_modulate_norm(size, dtype, with_bias):
     modulation.modulate_norm(x, scale_shift, bias, out, EPS)
     assert_near(out, F.layer_norm(expected, (channels,), eps=EPS), dtype)
     assert_near(x, expected if bias is None else expected + bias, dtype)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("channels", [48, 320, 784, 2048])
+def test_a_normed_row_fits_the_scale_of_all(channels, bounded):
+    """784: its longest row is the largest number of e4m3 over the scale."""
+    x = normal(1, 3, channels)
+    x[0, 1] = 0
+    x[0, 1, 5] = 1  # the longest there is
+    out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty(3)
+    tile = modulation.norm_tile(channels)._replace(bounded=bounded)
+    modulation.modulate_norm(x.clone(), torch.zeros(2 * channels), None, out, EPS, scale, tile)
+    expected = F.layer_norm(x, (channels,), eps=EPS)
+    error = (out.float() * scale[:, None] - expected).abs()
+    assert (error <= expected.abs() / 16 + scale[:, None] / 1024).all()
+    assert torch.equal(scale.log2(), scale.log2().round())
+    assert (len(set(scale.tolist())) == 1) == bounded
 
 
 @dtypes

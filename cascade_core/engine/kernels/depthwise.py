@@ -8,8 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .quantise import store_rows
-from .rows import normalised
+from .quantise import scale_of_normed_rows, store_parts
+from .rows import (
+    ELEMENTS,
+    WARP_CHANNELS,
+    WARPS,
+    RowTile,
+    channels_of,
+    normalised,
+    normalised_parts,
+    row_parts,
+    widened,
+)
 
 
 def depthwise_norm(
@@ -20,8 +30,7 @@ def depthwise_norm(
     width: int,
     eps: float,
     out: Tensor,
-    elements: int | None = None,
-    num_warps: int | None = None,
+    tile: RowTile | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """out = LayerNorm over C of (the convolution of x with zero padding, + bias).
@@ -30,25 +39,24 @@ def depthwise_norm(
     row_scale (B · height · width,) float32: takes the scales of the rows where `out` is in e4m3
     """
     batch, _, channels = x.shape
-    tuned_elements, tuned_warps = norm_tile(channels)
-    if row_scale is not None and tuned_elements > 2048:
-        tuned_warps *= 2  # registers hold the values until the largest is known
-    elements, num_warps = elements or tuned_elements, num_warps or tuned_warps
-    block = triton.next_power_of_2(channels)
-    tile_h, tile_w = rectangle(max(1, elements // block))
+    tile = tile or norm_tile(channels)
+    tile_h, tile_w = rectangle(tile.rows)
     grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), batch)
     launch(_depthwise_norm, grid)(
-        x, weight, bias, out, row_scale, height, width, eps, channels, block, tile_h, tile_w,
-        num_warps=num_warps,
+        x, weight, bias, out, row_scale, height, width, eps,
+        channels, tile.parts, tile.width, tile_h, tile_w, triton.knobs.runtime.interpret,
+        scale_of_normed_rows(channels, tile), num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
-def norm_tile(channels: int) -> tuple[int, int]:
-    """(elements, warps) of a tile of `depthwise_norm`: the fastest on an H100 at the widths of Stage B and C."""
-    if channels > 1280:
-        return 2048, 4
-    return (2048, 2) if channels <= 320 else (8192, 2)
+def norm_tile(channels: int) -> RowTile:
+    """The tile of `depthwise_norm`: a thread has eight channels of each part, of two positions or one."""
+    parts, width = row_parts(channels, 2 * WARP_CHANNELS)
+    if parts == 1:
+        return RowTile(max(1, ELEMENTS // width), 1, width, WARPS)
+    positions = max(1, WARPS * WARP_CHANNELS // width)
+    return RowTile(2 * positions if parts <= 5 else positions, parts, width, WARPS)
 
 
 def depthwise_gate_norm(
@@ -109,28 +117,54 @@ def tile_positions(height, width, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
-def convolved(
-    image, weight, bias, y, x, c, height, width, channels: tl.constexpr, REPEAT_BORDER: tl.constexpr
-):
-    """The convolution at (y, x) for channels c.  y, x: (P, 1), c: (1, BLOCK) -> (P, BLOCK) float32"""
+def convolved(image, weight, bias, y, x, c, height, width, channels: tl.constexpr):
+    """The convolution at (y, x) for channels c, with the image's border repeated.
+
+    y, x: (P, 1), c: (1, BLOCK) -> (P, BLOCK) float32
+    """
     inside = c < channels
     total = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32) + tl.zeros_like(y).to(tl.float32)
     for up in tl.range(3, loop_unroll_factor=1):
         # Unrolled, all 9 loads would be in flight at once and take 200 registers a thread.
-        row = y + (up - 1)
+        row = tl.minimum(tl.maximum(y + (up - 1), 0), height - 1)
         for left in tl.static_range(3):
-            column = x + (left - 1)
-            if REPEAT_BORDER:
-                near_row = tl.minimum(tl.maximum(row, 0), height - 1)
-                near_column = tl.minimum(tl.maximum(column, 0), width - 1)
-                offsets = (near_row * width + near_column).to(tl.int64) * channels + c
-                value = tl.load(image + offsets, mask=inside, other=0.0).to(tl.float32)
-            else:
-                present = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-                offsets = (row * width + column).to(tl.int64) * channels + c
-                value = tl.load(image + offsets, mask=present & inside, other=0.0).to(tl.float32)
+            column = tl.minimum(tl.maximum(x + (left - 1), 0), width - 1)
+            offsets = (row * width + column).to(tl.int64) * channels + c
+            value = tl.load(image + offsets, mask=inside, other=0.0).to(tl.float32)
             tap = tl.load(weight + (3 * up + left) * channels + c, mask=inside, other=0.0)
             total += value * tap.to(tl.float32)
+    return total
+
+
+@triton.jit
+def convolved_parts(
+    image, weight, bias, y, x, height, width,
+    channels: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The convolution at (y, x), with zeros around the image.  y, x: (P, 1) -> a tuple of (P, WIDTH) float32"""
+    here = tl.zeros_like(y)
+    total = ()
+    for part in tl.static_range(PARTS):
+        c = channels_of(part, WIDTH)
+        first = tl.load(bias + (c + here), mask=c + here < channels, other=0.0)
+        total = total + (widened(first, INTERPRETED),)  # noqa: RUF005
+    for tap in tl.range(9, loop_unroll_factor=1):
+        row, column = y + (tap // 3 - 1), x + (tap % 3 - 1)
+        present = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        position = image + (row * width + column).to(tl.int64) * channels
+        sums = ()
+        for part in tl.static_range(PARTS):
+            c = channels_of(part, WIDTH)
+            # Of all positions' shape, so that each thread loads the taps of its own channels.
+            tap_at = weight + tap * channels + (c + here)
+            if channels < PARTS * WIDTH:
+                value = tl.load(position + c, mask=present & (c < channels), other=0.0)
+                scale = tl.load(tap_at, mask=c + here < channels, other=0.0)
+            else:
+                value = tl.load(position + c, mask=present, other=0.0)
+                scale = tl.load(tap_at)
+            sums = sums + (total[part] + widened(value, INTERPRETED) * widened(scale, INTERPRETED),)  # noqa: RUF005
+        total = sums
     return total
 
 
@@ -145,20 +179,24 @@ def _depthwise_norm(
     width,
     eps,
     channels: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     first = tl.program_id(1) * height * width
     start = first.to(tl.int64) * channels
-    c = tl.arange(0, BLOCK)[None, :]
     row, column = tile_positions(height, width, TILE_H, TILE_W)
-    h = convolved(x + start, weight, bias, row, column, c, height, width, channels, False)
-    h = normalised(h, c < channels, channels, eps)
-    offsets = (row * width + column).to(tl.int64) * channels + c
+    parts = convolved_parts(
+        x + start, weight, bias, row, column, height, width, channels, PARTS, WIDTH, INTERPRETED
+    )
+    normal = normalised_parts(parts, channels, eps, TILE_H * TILE_W, PARTS, WIDTH)
+    offsets = (row * width + column).to(tl.int64) * channels
     present = (row < height) & (column < width)
     position = first + row * width + column
-    store_rows(out + start, row_scale, h, offsets, present & (c < channels), position, present)
+    store_parts(out + start, row_scale, normal, offsets, present, position, channels, PARTS, WIDTH, SCALE)
 
 
 @triton.jit(
@@ -187,7 +225,7 @@ def _depthwise_gate_norm(
 ):
     c = tl.arange(0, BLOCK)[None, :]
     row, column = tile_positions(lines, width, TILE_H, TILE_W)
-    change = convolved(h, weight, bias, top + row, column, c, height, width, channels, True)
+    change = convolved(h, weight, bias, top + row, column, c, height, width, channels)
     offsets = (row * width + column).to(tl.int64) * channels + c
     present = (row < lines) & (column < width) & (c < channels)
     value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)

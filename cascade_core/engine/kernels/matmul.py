@@ -31,13 +31,15 @@ def gelu(x):
     instructions of erf.
     """
     t = tl.abs(x)
-    p = 1.7937805837825914e-06 * t - 6.072616488651226e-05
-    p = p * t + 9.231857754731424e-04
-    p = p * t - 8.476847485718695e-03
-    p = p * t + 5.3890938804266125e-02
-    p = p * t + 4.585415840721885e-01
-    p = p * t + 1.1512143698094917
-    return tl.maximum(x, 0.0) - t * tl.exp2(-(t * p + 1.0))
+    p = (
+        6.072616488651226e-05 - 1.7937805837825914e-06 * t
+    )  # less the polynomial, which takes no negation at the end
+    p = p * t - 9.231857754731424e-04
+    p = p * t + 8.476847485718695e-03
+    p = p * t - 5.3890938804266125e-02
+    p = p * t - 4.585415840721885e-01
+    p = p * t - 1.1512143698094917
+    return tl.maximum(x, 0.0) - t * tl.exp2(t * p - 1.0)
 
 
 @triton.jit

@@ -5,8 +5,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .quantise import store_rows
-from .rows import WARPS, normalised, row_tile
+from .quantise import scale_of_normed_rows, store_parts
+from .rows import (
+    ELEMENTS,
+    WARPS,
+    RowTile,
+    channels_of,
+    normalised,
+    normalised_parts,
+    row_parts,
+    row_tile,
+    widened,
+)
+
+PART_ELEMENTS = 1024  # of each part of a tile: eight for a thread of four warps
 
 
 def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
@@ -25,6 +37,7 @@ def modulate_norm(
     out: Tensor,
     eps: float,
     row_scale: Tensor | None = None,
+    tile: RowTile | None = None,
 ) -> Tensor:
     """x' = x · (1 + scale) + shift; out = LayerNorm(x'); x = x' + bias.
 
@@ -32,12 +45,20 @@ def modulate_norm(
     row_scale (B · N,) float32: takes the scales of the rows where `out` is in e4m3
     """
     batch, n, channels = x.shape
-    rows, block = row_tile(channels)
-    grid = (triton.cdiv(n, rows), batch)
+    tile = tile or norm_tile(channels)
+    grid = (triton.cdiv(n, tile.rows), batch)
     launch(_modulate_norm, grid)(
-        x, scale_shift, bias, out, row_scale, n, eps, channels, rows, block, num_warps=WARPS
-    )
+        x, scale_shift, bias, out, row_scale, n, eps,
+        channels, tile.rows, tile.parts, tile.width, triton.knobs.runtime.interpret,
+        scale_of_normed_rows(channels, tile), num_warps=tile.warps,
+    )  # fmt: skip
     return out
+
+
+def norm_tile(channels: int) -> RowTile:
+    """A tile of `modulate_norm`."""
+    parts, width = row_parts(channels)
+    return RowTile(max(1, (ELEMENTS if parts == 1 else PART_ELEMENTS) // width), parts, width, WARPS)
 
 
 def norm(x: Tensor, out: Tensor, eps: float) -> Tensor:
@@ -88,21 +109,33 @@ def _modulate_norm(
     eps,
     channels: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     image = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    inside = c < channels
-    present = (row < n) & inside
-    offsets = (image.to(tl.int64) * n + row) * channels + c
-    value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
-    value = modulated(value, scale_shift, c, inside, channels)
-    h = normalised(value, inside, channels, eps)
-    store_rows(out, row_scale, h, offsets, present, image * n + row, row < n)
-    if bias is not None:
-        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=present)
+    offsets = (image.to(tl.int64) * n + row) * channels
+    here = tl.zeros_like(row)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        c = channels_of(part, WIDTH)
+        inside = c < channels
+        pointers = tl.max_contiguous(x + (offsets + c), (1, 8))
+        value = tl.load(pointers, mask=(row < n) & inside, other=0.0)
+        value = modulated(widened(value, INTERPRETED), scale_shift, c + here, inside, channels)
+        parts = parts + (value,)  # noqa: RUF005
+    normal = normalised_parts(parts, channels, eps, ROWS, PARTS, WIDTH)
+    store_parts(out, row_scale, normal, offsets, row < n, image * n + row, channels, PARTS, WIDTH, SCALE)
+    for part in tl.static_range(PARTS):
+        c = channels_of(part, WIDTH)
+        inside = c < channels
+        biased = parts[part]
+        if bias is not None:
+            biased += tl.load(bias + (c + here), mask=inside, other=0.0).to(tl.float32)
+        pointers = tl.max_contiguous(x + (offsets + c), (1, 8))
+        tl.store(pointers, tl.cast(biased, x.dtype.element_ty), mask=(row < n) & inside)
 
 
 @triton.jit(do_not_specialize=["n"])

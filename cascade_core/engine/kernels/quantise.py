@@ -2,12 +2,16 @@
 
 Scales of feature maps are powers of two. e4m3 is a floating-point format, so a value's relative rounding does not
 depend on the scale, except for values below 2⁻¹⁵ of the largest that the scale allows. So a scale may be computed
-from a bound of a row's values, where the largest is not known in time.
+from a bound of a row's values: where the largest is not known in time, and where a pass for it would cost more.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
+
+from .rows import RowTile, channels_of
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
@@ -22,6 +26,11 @@ def power_of_two(peak):
     return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
 
 
+def scale_of_normed_rows(channels: int, tile: RowTile) -> float:
+    """The scale, by `power_of_two`, of rows of a length up to √channels; 0: each row has its own."""
+    return 2.0 ** math.ceil(math.log2(channels**0.5 / E4M3_MAX.value)) if tile.bounded else 0.0
+
+
 @triton.jit
 def store_rows(out, row_scale, value, offsets, present, row, row_present):
     """Stores rows of values: in e4m3 with their scales, or where row_scale is None in the type of `out`.
@@ -34,3 +43,34 @@ def store_rows(out, row_scale, value, offsets, present, row, row_present):
         value = value * inverse
         tl.store(row_scale + row, scale, mask=row_present)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def store_parts(
+    out, row_scale, value, offsets, present, row,
+    channels: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """`store_rows` for rows in parts, with the scale SCALE unless that is 0.
+
+    value: a tuple of (ROWS, WIDTH); offsets: of each row's first channel; offsets, present, row: (ROWS, 1)
+    """
+    if row_scale is None:
+        inverse = tl.zeros_like(row).to(tl.float32) + 1.0
+    else:
+        if SCALE > 0:
+            scale = tl.zeros_like(row).to(tl.float32) + SCALE
+            inverse = tl.zeros_like(row).to(tl.float32) + 1.0 / SCALE
+        else:
+            largest = tl.abs(value[0])
+            for part in tl.static_range(1, PARTS):
+                largest = tl.maximum(largest, tl.abs(value[part]))
+            scale, inverse = power_of_two(tl.max(largest, axis=1, keep_dims=True))
+        tl.store(row_scale + row, scale, mask=present)
+    for part in tl.static_range(PARTS):
+        c = channels_of(part, WIDTH)
+        stored = (value[part] * inverse).to(out.dtype.element_ty)
+        pointers = tl.max_contiguous(out + (offsets + c), (1, 8))
+        if channels < PARTS * WIDTH:
+            tl.store(pointers, stored, mask=present & (c < channels))
+        else:
+            tl.store(pointers, stored, mask=present)
