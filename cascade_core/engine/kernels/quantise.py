@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import RowTile, channels_of
+from .rows import channels_of
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
@@ -26,9 +26,9 @@ def power_of_two(peak):
     return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
 
 
-def scale_of_normed_rows(channels: int, tile: RowTile) -> float:
-    """The scale, by `power_of_two`, of rows of a length up to √channels; 0: each row has its own."""
-    return 2.0 ** math.ceil(math.log2(channels**0.5 / E4M3_MAX.value)) if tile.bounded else 0.0
+def scale_of_normed_rows(channels: int) -> float:
+    """The scale, by `power_of_two`, of rows of a length up to √channels."""
+    return 2.0 ** math.ceil(math.log2(channels**0.5 / E4M3_MAX.value))
 
 
 @triton.jit
@@ -48,29 +48,18 @@ def store_rows(out, row_scale, value, offsets, present, row, row_present):
 @triton.jit
 def store_parts(
     out, row_scale, value, offsets, present, row,
-    channels: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """`store_rows` for rows in parts, with the scale SCALE unless that is 0.
+    """`store_rows` for rows in parts, with the scale SCALE for all.
 
     value: a tuple of (ROWS, WIDTH); offsets: of each row's first channel; offsets, present, row: (ROWS, 1)
     """
     if row_scale is None:
         inverse = tl.zeros_like(row).to(tl.float32) + 1.0
     else:
-        if SCALE > 0:
-            scale = tl.zeros_like(row).to(tl.float32) + SCALE
-            inverse = tl.zeros_like(row).to(tl.float32) + 1.0 / SCALE
-        else:
-            largest = tl.abs(value[0])
-            for part in tl.static_range(1, PARTS):
-                largest = tl.maximum(largest, tl.abs(value[part]))
-            scale, inverse = power_of_two(tl.max(largest, axis=1, keep_dims=True))
-        tl.store(row_scale + row, scale, mask=present)
+        inverse = tl.zeros_like(row).to(tl.float32) + 1.0 / SCALE
+        tl.store(row_scale + row, tl.zeros_like(row).to(tl.float32) + SCALE, mask=present)
     for part in tl.static_range(PARTS):
         c = channels_of(part, WIDTH)
         stored = (value[part] * inverse).to(out.dtype.element_ty)
-        pointers = tl.max_contiguous(out + (offsets + c), (1, 8))
-        if channels < PARTS * WIDTH:
-            tl.store(pointers, stored, mask=present & (c < channels))
-        else:
-            tl.store(pointers, stored, mask=present)
+        tl.store(tl.max_contiguous(out + (offsets + c), (1, 8)), stored, mask=present)

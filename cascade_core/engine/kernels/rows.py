@@ -15,16 +15,14 @@ class RowTile(NamedTuple):
     """The rows that a program computes: `rows` of them in `parts` of `width` channels each, by `warps` warps.
 
     Tiles of Triton are powers of two wide. Five parts of 256 channels hold 1280; one tile would hold 2048, and three
-    eighths of its arithmetic would be of no use.
-
-    bounded: rows in e4m3 have the scale that any normed row fits, instead of one from the row's largest value
+    eighths of its arithmetic would be of no use. One part may be wider than the channels; several parts are just as
+    wide. In e4m3 a row of one part has a scale of its own, and a row of several parts that of the longest there can be.
     """
 
     rows: int
     parts: int
     width: int
     warps: int
-    bounded: bool = True
 
 
 def row_tile(channels: int, elements: int = ELEMENTS) -> tuple[int, int]:
@@ -33,7 +31,16 @@ def row_tile(channels: int, elements: int = ELEMENTS) -> tuple[int, int]:
     return max(1, elements // block), block
 
 
-def row_parts(channels: int, widest: int = WARP_CHANNELS) -> tuple[int, int]:
+def whole_rows(channels: int) -> RowTile:
+    rows, block = row_tile(channels)
+    return RowTile(rows, 1, block, WARPS)
+
+
+def fills_a_tile(channels: int) -> bool:
+    return channels == triton.next_power_of_2(channels)
+
+
+def row_parts(channels: int, widest: int) -> tuple[int, int]:
     """(parts, width) into which channels divide without a rest; one part, rounded up, where they would be many."""
     width = min(channels & -channels, widest)
     parts = channels // width
@@ -74,7 +81,7 @@ def widened(x, INTERPRETED: tl.constexpr):
 def normalised_parts(
     x, channels: tl.constexpr, eps, ROWS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """`normalised` for rows in parts.  x: a tuple of (ROWS, WIDTH) float32, zero beyond the channels -> same"""
+    """`normalised` for rows in parts.  x: a tuple of (ROWS, WIDTH) float32 -> same"""
     total = x[0]
     for part in tl.static_range(1, PARTS):
         total += x[part]
@@ -83,8 +90,6 @@ def normalised_parts(
     centred = ()
     for part in tl.static_range(PARTS):
         value = x[part] - mean
-        if channels < PARTS * WIDTH:
-            value = tl.where(channels_of(part, WIDTH) < channels, value, 0.0)
         squares += value * value
         centred = centred + (value,)  # noqa: RUF005
     factor = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / channels + eps)
