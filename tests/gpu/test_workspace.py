@@ -126,11 +126,16 @@ def test_a_forward_that_allocates_is_captured_by_pytorchs_allocator_alone(
     )
 
 
+def run_stages(device: torch.device) -> None:
+    """Within a function, so that no stage is left. One that was left lay elsewhere each time."""
+    for run in stages(device).values():
+        run()
+
+
 def test_memory_is_level_over_captures_that_come_and_go(device: torch.device, replays: Replays):
     levels = []
     for _ in range(6):
-        for run in stages(device).values():
-            run()
+        run_stages(device)
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
