@@ -31,9 +31,8 @@ def gelu(x):
     instructions of erf.
     """
     t = tl.abs(x)
-    p = (
-        6.072616488651226e-05 - 1.7937805837825914e-06 * t
-    )  # less the polynomial, which takes no negation at the end
+    # The polynomial with its sign turned: nothing is negated at the end.
+    p = 6.072616488651226e-05 - 1.7937805837825914e-06 * t
     p = p * t - 9.231857754731424e-04
     p = p * t + 8.476847485718695e-03
     p = p * t - 5.3890938804266125e-02
