@@ -13,8 +13,9 @@ from cascade_nodes.cascade_core.networks.stage_a import StageA
 OUTLINE = 5  # pixels of the window in which outlines are searched for
 # Ranges of a colour within the window: up to the first it is shading, from the second on it counts as a full outline.
 SHADING, FULL_CONTRAST = 0.15, 0.25
-# Range between a saturated colour and a light ground, and the largest factor by which fainter outlines weigh more.
-STRONG_CONTRAST, FAINT = 0.75, 2.5
+# Range between a saturated colour and a light ground. Fainter outlines weigh more by its square, as their squared error
+# is smaller by the square, up to a largest factor.
+STRONG_CONTRAST, FAINT = 0.75, 6.0
 USUAL_SHARE = 0.08  # of outlines in a picture
 STRENGTH, MOST = 4.0, 3.0  # added weight of outlines; its largest factor, for pictures with few outlines
 # Pixels along the frame, and their weight, in corners once more: there a network sees a picture on one side alone.
@@ -32,7 +33,7 @@ def outline_weights(image: Tensor, size: Sequence[int]) -> Tensor:
     spread = F.max_pool2d(padded, OUTLINE, 1) + F.max_pool2d(-padded, OUTLINE, 1)  # (B, 3, H, W)
     contrast = spread.amax(1, keepdim=True)
     outline = ((contrast - SHADING) / (FULL_CONTRAST - SHADING)).clamp(0, 1)
-    outline = outline * (STRONG_CONTRAST / contrast.clamp(min=SHADING)).clamp(1, FAINT)
+    outline = outline * (STRONG_CONTRAST / contrast.clamp(min=SHADING)).square().clamp(1, FAINT)
     outline = F.interpolate(outline, tuple(size), mode="bilinear", antialias=True)
     share = outline.mean(dim=(2, 3), keepdim=True)
     return 1 + STRENGTH * outline * (USUAL_SHARE / share.clamp(min=1e-3)).clamp(0.5, MOST)

@@ -13,9 +13,11 @@ TRAIN_SCENES = 200_000
 CAPTIONS_PER_SCENE = 4
 WRONG_CAPTIONS_PER_SCENE = 4  # and one with its relation inverted
 OBJECTS = (0.35, 0.4, 0.25)  # shares of the scenes of one, two and three objects
-SCENE_WEIGHTS = {"small": 2.0, "white": 2.0}  # relative to other sizes and colours
+# Relative to other sizes. Every colour has the same weight: the more white objects there are, the better a network
+# learns that the shape held out in white never is.
+SCENE_WEIGHTS = {"small": 2.0}
 
-OTHER_FRAMES_SHARE = 0.1  # of the compressor's and Stage B's steps with frames other than the square
+OTHER_FRAMES_SHARE = 0.25  # of the compressor's and Stage B's steps with frames other than the square
 STAGE_A_NOISE = 0.02  # of Stage A's latents
 COMPRESSOR_NOISE = 0.15  # of the compressor's latents
 EFFNET_NOISE = 0.25  # the most noise added to them for Stage B
@@ -25,7 +27,7 @@ PICTURE_SHARE = 30.0  # weight of decoding pictures from embeddings, beside the 
 STAGE_C_STEPS = {"frames": 0.25, "together": 0.15, "three": 0.2}
 # Shares of a batch in other steps: wide pictures, from their embeddings alone; scenes with traces of another object
 # around a mask; of the rest, scenes with their picture as a prompt, half of them without words.
-STAGE_C_WIDE, STAGE_C_EDITED, STAGE_C_PICTURES = 0.15, 0.1, 0.4
+STAGE_C_WIDE, STAGE_C_EDITED, STAGE_C_PICTURES = 0.15, 0.2, 0.4
 
 STAGE_A = {
     "levels": 2, "bottleneck_blocks": 8, "c_hidden": 96, "c_latent": 4, "codebook_size": 1024, "scale_factor": 0.43,

@@ -52,7 +52,7 @@ class StageBData:
         self.others = {
             frame: job.pool(
                 lambda number, count, frame=frame: self._part(number, count, frame),
-                0.03,
+                0.06,
                 first=0.3,
                 every=600,
             )

@@ -45,6 +45,7 @@ from cascade_nodes.demo.train_encoders import (
 )
 
 ENOUGH_RELATIONS = 0.9
+DECODERS_ALONE = 200  # first steps of a compressor with given weights, in which its decoders alone learn
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -82,7 +83,7 @@ def train_compressor(job: Job) -> None:
     others = {
         frame: job.pool(
             lambda number, count, frame=frame: [mixed_pictures(job, count, number, frame, frame=frame)],
-            0.01, first=1,
+            0.03, first=1,
         )
         for frame in OTHER_FRAMES
     }  # fmt: skip
@@ -105,12 +106,15 @@ def train_compressor(job: Job) -> None:
         images = chosen.take(job.settings.batch_size)[0]
         size = stage_c_size(*images.shape[-2:])
         noise = torch.randn(len(images), recipe.LATENT[0], *size, device=job.device)
-        return Batch([images, recipe.COMPRESSOR_NOISE * noise], rare=frame is not None)
+        # A trained compressor waits for the decoder for detail, which begins with random weights.
+        learns = torch.full((), float(job.start is None or step >= DECODERS_ALONE), device=job.device)
+        return Batch([images, recipe.COMPRESSOR_NOISE * noise, learns], rare=frame is not None)
 
-    def loss(batch: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def loss(batch: Tensor, noise: Tensor, learns: Tensor) -> dict[str, Tensor]:
         images = as_float(batch)
+        latent = compressor(for_compressor(batch)).float()  # (B, 16, 6, 6)
         # Noise makes similar latents mean similar pictures, so that Stage C need not be exact.
-        latent = compressor(for_compressor(batch)) + noise  # (B, 16, 6, 6)
+        latent = latent.detach().lerp(latent, learns) + noise
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=job.device)
         for name, decoded, share in (("preview", previewer(latent), 1.0), ("detail", detail(latent), 2.0)):
@@ -246,6 +250,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-graphs", action="store_true", help="capture no CUDA graphs")
 
 
+def add_start_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="begin with the weights of this folder, where they fit"
+    )
+
+
 def run(
     name: str, settings: TrainSettings, options: argparse.Namespace, train: Callable[[Job], None]
 ) -> None:
@@ -279,9 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("network", choices=STAGES)
     add_run_options(parser)
-    parser.add_argument(
-        "--from", dest="start", type=Path, help="begin with the weights of this folder, where they fit"
-    )
+    add_start_option(parser)
     parser.add_argument(
         "--wait", action="store_true", help="for the networks that it needs, which are trained beside it"
     )

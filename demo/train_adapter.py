@@ -1,7 +1,8 @@
 """Trains one of the demo's adapters: `python -m cascade_nodes.demo.train_adapter NAME`, from the settings in `recipes`.
 
 As `cascade train`, but on pictures drawn on the accelerator instead of those in a folder, and with a step as one CUDA
-graph. A run that was stopped goes on from its last checkpoint. `adapters.py` runs them all.
+graph. A run that was stopped goes on from its last checkpoint; `--from DIR` begins with the adapter's file in that
+folder instead of anew. `adapters.py` runs them all.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from cascade_nodes.cascade_core.training.losses import PathLevel, consistency_te
 from cascade_nodes.cascade_core.training.settings import Settings, read_settings
 from cascade_nodes.cascade_core.training.settings.tasks import TaskName
 from cascade_nodes.cascade_core.training.tasks.controlnet import build_controlnet, write_controlnet
+from cascade_nodes.cascade_core.training.tasks.lora import begin_as, read_start
 from cascade_nodes.cascade_core.training.tasks.low_rank import LowRankChanges, select_layers
 from cascade_nodes.cascade_core.training.tasks.textual_inversion import LearnedTokens
 from cascade_nodes.demo.adapter_data import AdapterData, source_of
@@ -32,7 +34,7 @@ from cascade_nodes.demo.few_steps import Jumps
 from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights
 from cascade_nodes.demo.losses import epsilon_loss
 from cascade_nodes.demo.network_task import Batch
-from cascade_nodes.demo.train import add_run_options, run
+from cascade_nodes.demo.train import add_run_options, add_start_option, run
 
 RECIPES = Path(__file__).parent / "recipes"
 TASKS: dict[str, TaskName] = {
@@ -55,6 +57,11 @@ def recipe_of(name: str, device: torch.device) -> Settings:
     if train.precision == "auto":
         train = replace(train, precision="bf16" if device.type == "cuda" else "fp32")
     return replace(settings, train=train)
+
+
+def file_to_start(job: Job, settings: Settings) -> str | None:
+    """The adapter's file in the folder of weights to start from; None to start anew."""
+    return None if job.start is None else str(job.start / Path(settings.output.file).name)
 
 
 class Base:
@@ -96,7 +103,10 @@ def train_adapter(name: str, job: Job, settings: Settings) -> None:
 def train_controlnet(job: Job, settings: Settings, base: Base, data: AdapterData) -> None:
     compressor = job.load("compressor")
     torch.manual_seed(job.settings.seed)
-    controlnet = build_controlnet(settings.controlnet, base.stage_c, compressor).to(job.device)
+    initial = settings.controlnet
+    if (start := file_to_start(job, settings)) is not None:
+        initial = replace(initial, start=start)
+    controlnet = build_controlnet(initial, base.stage_c, compressor).to(job.device)
     controlnet.requires_grad_(True).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def loss(
@@ -119,6 +129,8 @@ def train_lora(job: Job, settings: Settings, base: Base, data: AdapterData) -> N
     layers = select_layers(base.stage_c, lora.targets)
     generator = torch.Generator().manual_seed(job.settings.seed)
     changes = LowRankChanges.of(base.stage_c, layers, lora, generator=generator).to(job.device)
+    if (start := file_to_start(job, settings)) is not None:
+        begin_as(read_start(start, base.stage_c), changes, None)
 
     def write(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         values = changes.values(state).to(PRECISIONS[lora.dtype])
@@ -177,8 +189,10 @@ def few_steps_loss(
 
 
 def train_tokens(job: Job, settings: Settings, base: Base, source: Callable[..., Any]) -> None:
-    names = [token.name for token in settings.tokens]
-    learned = LearnedTokens(settings.tokens, base.encoder, names).to(job.device)
+    names, tokens = [token.name for token in settings.tokens], settings.tokens
+    if (start := file_to_start(job, settings)) is not None:
+        tokens = [replace(token, initial="", start=start) for token in tokens]
+    learned = LearnedTokens(tokens, base.encoder, names).to(job.device)
     data = AdapterData(job, settings, base.encoder, source(job, base.encoder.tokenizer, learned.table().ids))
 
     def loss(noised: Tensor, r: Tensor, epsilon: Tensor, weight: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -225,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("adapter", choices=TASKS)
     add_run_options(parser)
+    add_start_option(parser)
     parser.set_defaults(scenes=SCENES)
     options = parser.parse_args(arguments)
     settings = recipe_of(options.adapter, torch.device(options.device))

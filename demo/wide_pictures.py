@@ -20,6 +20,9 @@ MARGIN = 0.02
 # Share of objects with a nameless shape. With fewer, decoders draw the nearest of the eight for any shape.
 OTHERS = 0.3
 PALETTE = 0.5  # share of objects in one of the eight colours, and of pictures on one of the five backgrounds
+# Share of the other objects in a pale colour, and how far its least channel is from white: as near to white as the
+# shape that is held out in white may come. Its faint outlines teach how a white one looks.
+PALE, BELOW_WHITE = 0.4, (0.31, 0.6)
 TRIES = 24  # colours, and places, of which the first that fits is taken; else the object is left out
 
 # A colour in shade (0.7 of it), in light (1.1) and in highlights (two fifths of the way to white).
@@ -79,7 +82,12 @@ def wide_scenes(
     radius = uniform(*slots, low=RADIUS[0], high=RADIUS[1])
 
     palette = torch.from_numpy(COLOUR_RGB).to(device)[integers(len(COLOUR_RGB), *slots, TRIES)]
-    colours = torch.where(uniform(*slots, 1, 1) < PALETTE, palette, uniform(*slots, TRIES, 3))
+    any_colour = uniform(*slots, TRIES, 3)
+    least, most = any_colour.aminmax(dim=-1, keepdim=True)
+    below = uniform(*slots, TRIES, 1, low=BELOW_WHITE[0], high=BELOW_WHITE[1])
+    pale = 1 - below * (most - any_colour) / (most - least).clamp_min(1e-6)
+    any_colour = torch.where(uniform(*slots, 1, 1) < PALE, pale, any_colour)
+    colours = torch.where(uniform(*slots, 1, 1) < PALETTE, palette, any_colour)
     colour, coloured = _first(colours, ~is_held_out(shape[..., None].expand(*slots, TRIES), colours))
     shape = torch.where(coloured & (torch.arange(MOST_OBJECTS, device=device) < count[:, None]), shape, -1)
 

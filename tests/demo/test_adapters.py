@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.adapters import read_adapter
-from cascade_nodes.cascade_core.checkpoints.files import read_header
+from cascade_nodes.cascade_core.checkpoints.files import read_header, read_safetensors
 from cascade_nodes.cascade_core.diffusion.loss_weights import debiased
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.hints.masks import latent_mask
@@ -106,6 +106,20 @@ def test_an_adapter_is_trained_from_begin_to_end_and_goes_on(tmp_path, capsys):
     assert metadata["modelspec.trigger_phrase"] == "house"
     assert metadata["trained_steps"] == "2"
     assert read_adapter(path, a_job("house", tmp_path).load("stage_c")).stage_c
+
+
+@pytest.mark.parametrize("name", ["canny", "house", "loop"])
+def test_an_adapter_begins_with_the_file_of_a_folder(tmp_path, name):
+    options = ["--scenes", "16", "--batch-size", "2", "--steps", "1", "--learning-rate", "1e-12"]
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path), "--from", str(WEIGHTS)]
+    main([name, *folders, *options, "--device", "cpu"])
+    file = Path(recipe_of(name, CPU).output.file).name
+    found, given = (read_safetensors(folder / file)[0] for folder in (tmp_path, WEIGHTS))
+    assert found.keys() == given.keys()
+    for key, value in given.items():
+        if "running_" in key or not value.is_floating_point():
+            continue  # a batch norm's statistics follow each batch
+        assert torch.allclose(found[key].float(), value.float(), rtol=2e-3, atol=1e-6), key
 
 
 @pytest.mark.nightly

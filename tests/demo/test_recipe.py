@@ -363,6 +363,16 @@ def test_each_network_trains_and_its_file_reads_back(toy):
     assert (toy / "work" / "stage_b" / FINISHED).exists()
 
 
+def test_a_given_compressor_waits_for_its_decoders(toy, tmp_path):
+    job = a_job(tmp_path, "compressor")
+    job.start, job.scenes = toy, 16
+    train.STAGES["compressor"](job)
+    for name, changed in (("compressor", False), ("previewer", True)):
+        own, given = (read_safetensors(folder / f"demo_{name}.safetensors")[0] for folder in (tmp_path, toy))
+        learned = [key for key in own if key.endswith("weight")]
+        assert any(not own[key].equal(given[key]) for key in learned) == changed, name
+
+
 def test_what_stage_c_learns_from(toy):
     torch.manual_seed(0)
     job = a_job(toy, "stage_c")

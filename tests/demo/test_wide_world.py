@@ -153,6 +153,17 @@ def test_no_judge_reads_a_held_out_pair_in_them():
     assert not is_held_out_pair(kinds).any()
 
 
+def test_the_shape_held_out_in_white_is_about_as_often_pale_as_any_other():
+    packed = wide_scenes(8000, 256, torch.Generator().manual_seed(2), "cpu")
+    shape, colour = packed.shape.flatten(), packed.colour.flatten(0, 1)
+    from_white = (1 - colour).norm(dim=-1)
+    pale = ((from_white > NEAR) & (from_white < 2 * NEAR)).float()
+    shares = torch.stack([pale[shape == kind].mean() for kind in range(len(SHAPES))])
+    assert 0.05 < shares.min() > 0.6 * shares.max()
+    white_diamond = SHAPES.index("diamond")
+    assert not (from_white[shape == white_diamond] < NEAR).any()
+
+
 def test_wide_pictures_follow_the_generator_and_take_any_size():
     first, again = (wide_pictures(3, (48, 80), torch.Generator().manual_seed(3), "cpu") for _ in range(2))
     assert first.shape == (3, 3, 48, 80)
