@@ -27,7 +27,7 @@ PICTURE_SHARE = 30.0  # weight of decoding pictures from embeddings, beside the 
 STAGE_C_STEPS = {"frames": 0.25, "together": 0.15, "three": 0.2}
 # Shares of a batch in other steps: wide pictures, from their embeddings alone; scenes with traces of another object
 # around a mask; of the rest, scenes with their picture as a prompt, half of them without words.
-STAGE_C_WIDE, STAGE_C_EDITED, STAGE_C_PICTURES = 0.15, 0.2, 0.4
+STAGE_C_WIDE, STAGE_C_EDITED, STAGE_C_PICTURES = 0.15, 0.1, 0.4
 
 STAGE_A = {
     "levels": 2, "bottleneck_blocks": 8, "c_hidden": 96, "c_latent": 4, "codebook_size": 1024, "scale_factor": 0.43,
