@@ -1,4 +1,4 @@
-"""docs/tasks/training.md: its settings files are read as they stand, and no setting is missing on it."""
+"""docs/tasks/training.md: its settings files are read as they stand; the reference explains every setting."""
 
 import dataclasses
 import os
