@@ -34,9 +34,9 @@ class TrainSettings:
     restarts: Annotated[int, Range(0, 10_000)] = 0
     # stable_decay: steps over which the learning rate falls at the end; a number below 1 is a share of the run
     decay: StepsOrShare = 0.2
-    # one of these names, or module.Class, which only the command line accepts
+    # one of these names, or module.Class, which `cascade train` accepts but the nodes do not
     optimizer: OptimizerName | str = "adamw"
-    # arguments of the optimiser's class; only on the command line
+    # arguments of the optimiser's class; not accepted by the nodes
     optimizer_arguments: dict[str, Any] = field(default_factory=dict)
     weight_decay: Annotated[float, Range(0, 10)] = 0.01  # weight decay, for optimisers that have it
     # the two betas, for optimisers that have them
