@@ -63,7 +63,8 @@ def run_training(
             leave_group(together=False)
             raise
         leave_group()
-    if outcome.file is not None and outcome.seconds:  # else the run was finished already
+    main = os.environ.get("RANK", "0") == "0"  # of several processes, one says how
+    if main and outcome.file is not None and outcome.seconds:  # else the run was finished already
         line.notify(how_to_try(settings, outcome.file))
     # Of several processes, only one may have received the signal.
     return 0 if outcome.finished else 128 + next(iter(signals), signal.SIGINT)

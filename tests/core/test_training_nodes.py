@@ -36,9 +36,10 @@ def free_port() -> int:
 
 
 def train(worlds, kind: str, run: str, steps: int) -> None:
-    for process in start(worlds, kind, run, steps):
+    for node, process in enumerate(start(worlds, kind, run, steps)):
         told, _ = process.communicate(timeout=300)
         assert process.returncode == 0, told[-3000:]
+        assert ("To try it, " in told) == (node == 0)
 
 
 def start(worlds, kind: str, run: str, steps: int) -> list[subprocess.Popen]:
