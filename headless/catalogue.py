@@ -216,7 +216,9 @@ _WORKFLOWS = (
     Workflow("image_variation", "pictures like a given one", (*_ANY, ("image_encoder",))),
     Workflow("image_to_image", "a picture as the start", (*_ANY, ("effnet_encoder",))),
     Workflow("edges", "along the edges of a picture", (*_ANY, ("controlnet_canny",))),
-    Workflow("inpainting", "part of a picture anew", (*_ANY, ("controlnet_inpainting",))),
+    Workflow(
+        "inpainting", "part of a picture anew", (*_ANY, ("controlnet_inpainting",), ("effnet_encoder",))
+    ),
     # Its hint is the compressor's latent of the small picture.
     Workflow(
         "super_resolution",

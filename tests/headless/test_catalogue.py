@@ -19,6 +19,33 @@ def test_names_of_files_and_workflows_differ_and_needs_exist():
             assert set(need) <= FILES.keys()
 
 
+@pytest.mark.parametrize(
+    "workflow, graph",
+    [
+        ("image_variation", "image_variation"),
+        ("image_to_image", "image_to_image"),
+        ("edges", "controlnet_canny"),
+        ("inpainting", "controlnet_inpainting"),
+        ("super_resolution", "super_resolution"),
+    ],
+)
+def test_a_workflow_needs_what_its_example_graph_loads(workflow, graph):
+    files = {
+        "StageCLoader": "stage_c",
+        "StageBLoader": "stage_b",
+        "StageAVAE": "stage_a",
+        "CascadeTextEncoderLoader": "text_encoder",
+        "CascadeCompressorLoader": "effnet_encoder",
+        "CascadeVisionLoader": "image_encoder",
+        "CascadeControlNetLoader": f"controlnet_{graph.removeprefix('controlnet_')}",
+    }
+    nodes = json.loads((EXAMPLES / "api" / f"{graph}.json").read_text(encoding="utf-8")).values()
+    loaded = {files[node["class_type"]] for node in nodes if node["class_type"] in files}
+    assert len(WORKFLOWS[workflow].needs) == len(loaded)
+    for need in WORKFLOWS[workflow].needs:
+        assert loaded & set(need)
+
+
 def test_the_examples_offer_the_same_files():
     """ComfyUI's dialog for missing models downloads what a loader's `models` names."""
     files_by_name = {file.saved_as: file for file in FILES.values()}
