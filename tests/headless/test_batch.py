@@ -16,6 +16,7 @@ from cascade_nodes.headless import run_graph
 from cascade_nodes.headless.batch import rows
 from cascade_nodes.headless.batch.journal import Journal
 from cascade_nodes.headless.batch.plan import make_plan
+from cascade_nodes.headless.batch.progress import BatchProgress
 from cascade_nodes.headless.batch.work import GraphWorker, Job, Waiting
 from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.results import Observer
@@ -487,6 +488,24 @@ def test_ctrl_c_while_rows_are_checked_makes_none(folder, capsys, monkeypatch):
     assert batch() == 130
     assert (asked, lines(), colours()) == (["a", "b"], [], {})
     assert "0 of 4 rows made, 4 left" in capsys.readouterr().err
+
+
+def test_the_time_left_is_that_of_rows_after_the_first(monkeypatch, capsys):
+    """In the first one, models are loaded. A row that another process made does not count as one in that time."""
+    clock = iter([100.0, 110.0, 111.0, 130.0])
+    monkeypatch.setattr("cascade_nodes.headless.batch.progress.time.monotonic", lambda: next(clock))
+    progress = BatchProgress()
+    progress.begin(100)
+    progress.row_made("a", 90.0, [])
+    progress.row_made("b", 10.0, [])
+    progress.row_there("c")
+    progress.row_made("d", 10.0, [])
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/100] a: 90.0 s",
+        "[2/100] b: 10.0 s, 16:20 left",
+        "[3/100] c: made by another process, 17:47 left",
+        "[4/100] d: 10.0 s, 24:00 left",
+    ]
 
 
 def test_a_table_of_too_many_rows(folder, capsys, monkeypatch):
