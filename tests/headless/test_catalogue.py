@@ -20,7 +20,7 @@ def test_names_of_files_and_workflows_differ_and_needs_exist():
 
 
 @pytest.mark.parametrize(
-    "workflow, graph",
+    ("workflow", "graph"),
     [
         ("image_variation", "image_variation"),
         ("image_to_image", "image_to_image"),
