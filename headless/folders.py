@@ -37,13 +37,14 @@ class Folders:
     def candidates(self, name: str) -> list[Path]:
         """Paths where a picture of this name may lie. `name [output]` means the output folder, as in ComfyUI.
 
-        Graphs shipped with their pictures, such as the examples, have them in a folder `input` beside their own.
+        Graphs shipped with their pictures, such as the examples, have them in a folder `input` beside themselves, or
+        beside the folder they are in.
         """
         annotated = _ANNOTATION.match(name)
         if annotated:
             folder = self.of_kind(annotated["kind"])
             return [folder / spelling for spelling in spellings(annotated["name"])]
-        shipped = [self.graph.parent / "input"] if self.graph != Path() else []
+        shipped = [self.graph / "input", self.graph.parent / "input"] if self.graph != Path() else []
         places = [self.input, self.graph, *shipped, Path()]
         return list(dict.fromkeys(place / spelling for spelling in spellings(name) for place in places))
 

@@ -1,7 +1,8 @@
 """Samplers as free functions over a list of log-SNRs, and `log_snr_range`, which builds that list.
 
 Arguments of every sampler:
-    denoise    (x, log_snr (B,) on the CPU, where reading it needs no device sync) -> predicted epsilon like x
+    denoise    (x, log_snr (B,) on the CPU, where reading it needs no device sync) -> predicted epsilon like x; may be
+               called more than once a step
     x          (B, C, H, W), the noised latent at log_snrs[0]; never written to
     log_snrs   (steps + 1,), where the latent is before the first step and after each one
     noise      () -> fresh noise like x; called once a step by ddpm and lcm, never by ddim and dpmpp_2m

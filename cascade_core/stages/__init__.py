@@ -1,4 +1,4 @@
-"""Loaded networks as the hosts and the pipeline use them: each with its device, its memory and what patches change.
+"""Loaded networks for the front door and the headless host: each with its device, its memory and what patches change.
 
 device.py    where networks run, in which precision, in how much memory
 prompt.py    prompts and picture prompts, encoded

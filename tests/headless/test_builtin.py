@@ -1,6 +1,7 @@
 """LoadImage, LoadImageMask, SaveImage and PreviewImage through whole graphs, on real files."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,10 @@ def test_where_a_picture_is_looked_for(folder, monkeypatch):
     elsewhere = folder / "graphs"
     elsewhere.mkdir()
     (folder / "input" / "in.png").rename(elsewhere / "beside.png")
+    (elsewhere / "input").mkdir()
+    shutil.copy(elsewhere / "beside.png", elsewhere / "input" / "inside.png")
     graph = elsewhere / "graph.json"
-    for name in ("beside.png", str(elsewhere / "beside.png"), "graphs/beside.png"):
+    for name in ("beside.png", str(elsewhere / "beside.png"), "graphs/beside.png", "inside.png"):
         graph.write_text(json.dumps({**COPY, "1": node("LoadImage", image=name)}))
         monkeypatch.chdir(folder)
         run(graph, folder)
