@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups these tests by version and by shared fixtures, and runs them before all others."""
 
     def shared(item: pytest.Item) -> list[str]:
-        if not item.path.is_relative_to(TESTS):  # all tests come here, and others may have fixtures of these names
+        # All tests come here, and those of other folders may have fixtures of these names.
+        if not item.path.is_relative_to(TESTS):
             return []
         return [name for name in GROUPS if name in getattr(item, "fixturenames", ())]
 
